@@ -1,0 +1,45 @@
+"""Which activations a block keeps for its backward pass, and which it computes again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from models.llama import Llama
+
+aten = torch.ops.aten
+# Costly to repeat, cheap to keep. Everything else in a block (norms, rotations, SwiGLU, casts) is memory-bound.
+KEPT = {
+    aten.mm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpointing(model: Llama, mode: str) -> None:
+    """Wrap every block in place. "full" keeps its input alone, "selective" also matrix products and attention."""
+    if mode == "none":
+        return
+    for name, block in model.model.layers.items():
+        model.model.layers[name] = _wrapped(block, mode)
+
+
+def _wrapped(block: nn.Module, mode: str) -> nn.Module:
+    # Nothing in a block draws from torch's random state, so there is none to preserve.
+    if mode == "full":
+        return checkpoint_wrapper(block, preserve_rng_state=False)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint_wrapper(block, context_fn=contexts, preserve_rng_state=False)

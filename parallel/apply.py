@@ -1,0 +1,67 @@
+"""From a plain model on the meta device to one that trains on a mesh: one ordered function.
+
+The order matters: activation checkpointing wraps the block that compile then sees as a whole, and FSDP's hooks stay
+outside the compiled region.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.activation_checkpointing import apply_activation_checkpointing
+from parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from models.llama import Llama
+    from train.config import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Type of products and activations: bfloat16 on GPU and float32 on CPU unless the configuration says."""
+    if config.precision.compute == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[config.precision.compute]
+
+
+def apply(model: Llama, config: Config, mesh: Mesh) -> None:
+    """Make `model`, on the meta device, ready for `mesh`, in place. Afterwards: `to_empty`, then its weights."""
+    apply_activation_checkpointing(model, config.activation_checkpointing.mode)
+    if config.compile.enabled:
+        for block in model.model.layers.values():
+            block.compile(fullgraph=True, backend=config.compile.backend)
+    shard(model, config, mesh)
+
+
+def shard(model: Llama, config: Config, mesh: Mesh) -> None:
+    """FSDP2 on the (replicate, shard) mesh: one unit per block, one for the embedding, one for norm and head.
+
+    Also where nothing is sharded (shard = 1, or one process): its mixed-precision policy is the only precision mechanism.
+    Gradients are summed, not averaged, over ranks: the loss is already divided by the tokens of all of them.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(config, mesh.device),
+        reduce_dtype=DTYPES[config.precision.reduce],
+        cast_forward_inputs=False,  # tokens need no cast, and the rotary table stays float32
+    )
+    options = {"mesh": mesh.data, "mp_policy": policy}
+    reshard = config.parallel.reshard_after_forward
+    decoder = model.model
+    if model.shape.tied_embeddings:
+        fully_shard([decoder.embed_tokens, decoder.norm, model.lm_head], reshard_after_forward=False, **options)
+    else:
+        fully_shard(decoder.embed_tokens, reshard_after_forward=reshard, **options)
+        # The head's backward comes right after its forward: freeing its weights between would gather them twice.
+        fully_shard([decoder.norm, model.lm_head], reshard_after_forward=False, **options)
+    for block in decoder.layers.values():
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if mesh.device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum

@@ -1,0 +1,22 @@
+"""One name per parameter, whatever wraps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original$")
+
+
+def clean_name(name: str) -> str:
+    """The name a parameter has in the bare model: compile, checkpoint and parametrization prefixes removed."""
+    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(clean name, parameter) for every parameter once; a tied one under its first name."""
+    for name, parameter in model.named_parameters():
+        yield clean_name(name), parameter

@@ -1,0 +1,243 @@
+"""Checkpoints that know nothing of the layout: torch.distributed.checkpoint (DCP) files under plain parameter names.
+
+A folder `step-00000100` counts only once its `commit.json` is there, which is written last and atomically: whatever kills
+a save leaves a folder that no resume will look at. Any number of processes can load what any other number saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from models.sizes import LlamaShape, RopeScaling
+from parallel.mesh import Mesh
+from parallel.names import named_parameters
+
+COMMIT = "commit.json"
+OPTIMIZER_PREFIX = "optimizer."
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be saved, found or used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What the marker of a complete checkpoint records."""
+
+    step: int
+    data: dict[str, Any]
+    shape: dict[str, Any]
+    tokenizer: str
+    """Fingerprint; empty for random data."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Commit:
+        try:
+            return cls(**json.loads((folder / COMMIT).read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
+
+    def llama_shape(self) -> LlamaShape:
+        scaling = self.shape["rope_scaling"]
+        return LlamaShape(**{**self.shape, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def committed_steps(folder: Path) -> dict[int, Path]:
+    """Complete checkpoints of a `checkpoints` folder by step, in ascending order."""
+    found = {}
+    for path in folder.glob("step-*"):
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and (path / COMMIT).exists():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means, or None to start anew.
+
+    Args:
+        folder: the run's `checkpoints`.
+        resume: "auto", "none", a step of this run, or the path of a checkpoint or of a run.
+
+    Raises:
+        CheckpointError: it does not exist, or "none" was asked for where checkpoints are.
+    """
+    steps = committed_steps(folder)
+    available = f"complete steps in {folder}: {', '.join(map(str, steps)) or 'none'}"
+    if resume == "auto":
+        return steps[max(steps)] if steps else None
+    if resume == "none":
+        if steps:
+            raise CheckpointError(f'checkpoint.resume = "none" would overwrite this run; choose another run.name ({available})')
+        return None
+    if isinstance(resume, int):
+        if resume not in steps:
+            raise CheckpointError(f"checkpoint.resume = {resume}: there is no such step; {available}")
+        return steps[resume]
+    path = Path(resume)
+    if (path / COMMIT).exists():
+        return path
+    for candidate in (path / "checkpoints", path):
+        elsewhere = committed_steps(candidate)
+        if elsewhere:
+            return elsewhere[max(elsewhere)]
+    raise CheckpointError(f'checkpoint.resume = "{resume}": neither a complete checkpoint nor a run that has one')
+
+
+class Checkpoints:
+    """Saves and restores one run's model and optimizer."""
+
+    def __init__(self, folder: Path, keep: int, model: nn.Module, optimizer: Optimizer, mesh: Mesh):
+        self.folder, self.keep, self.model, self.optimizer, self.mesh = folder, keep, model, optimizer, mesh
+
+    def save(self, commit: Commit) -> Path:
+        """Write a checkpoint of the current state and commit it; collective.
+
+        Raises:
+            CheckpointError: on every rank, when any rank could not write.
+        """
+        path = self.folder / f"step-{commit.step:08d}"
+        self._on_main(lambda: _make_empty(path), f"prepare {path}")
+        try:
+            dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True))
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise CheckpointError(self._advice(f"could not save step {commit.step} to {path}: {_root_cause(error)}")) from error
+        self._on_main(lambda: _commit(path, commit), f"commit {path}")
+        self._on_main(self._remove_old, f"remove old checkpoints in {self.folder}")
+        return path
+
+    def load(self, path: Path) -> None:
+        """Fill model and optimizer from a checkpoint, in place and whatever layout it was saved on; collective.
+
+        Raises:
+            CheckpointError: a file is damaged or a tensor is missing.
+        """
+        try:
+            dcp.load(self._state(), storage_reader=dcp.FileSystemReader(path))
+        except (CheckpointException, OSError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
+
+    def remove_torn(self) -> None:
+        """Delete what interrupted saves have left (main process)."""
+        for path in self.folder.glob("step-*"):
+            if _STEP_FOLDER.fullmatch(path.name) and not (path / COMMIT).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename checkpoints later than `step`, so that a run resumed there does not jump to its old future (main process)."""
+        renamed = []
+        for later, path in committed_steps(self.folder).items():
+            if later > step:
+                target = path.with_name(path.name + ".superseded")
+                shutil.rmtree(target, ignore_errors=True)
+                renamed.append(path.rename(target))
+        return renamed
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor to keep, under its plain name; loads write into these same tensors."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in named_parameters(self.model):
+            state[name] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"{OPTIMIZER_PREFIX}{name}.{key}"] = value
+        return state
+
+    def _on_main(self, action: Callable[[], None], what: str) -> None:
+        """Run on the main process; its failure is everyone's."""
+        problem = ""
+        if self.mesh.is_main:
+            try:
+                action()
+            except OSError as error:
+                problem = f"could not {what}: {error}"
+        problem = self.mesh.broadcast_object(problem)
+        if problem:
+            raise CheckpointError(self._advice(problem))
+
+    def _advice(self, problem: str) -> str:
+        steps = committed_steps(self.folder)
+        last = f"the last complete one is step {max(steps)}" if steps else "there is no complete one yet"
+        return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command again."
+
+    def _remove_old(self) -> None:
+        steps = committed_steps(self.folder)
+        for step in list(steps)[: -self.keep]:
+            # The marker goes first: a deletion that is interrupted must not leave something that looks complete.
+            (steps[step] / COMMIT).unlink()
+            shutil.rmtree(steps[step])
+
+
+def checkpoint_names(path: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the model's tensors in a checkpoint."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in metadata.items() if not name.startswith(OPTIMIZER_PREFIX)}
+
+
+def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Read some of a checkpoint's tensors whole, float32 on CPU, without a process group."""
+    state: dict[str, Any] = {name: torch.empty(size, dtype=torch.float32) for name, size in names.items()}
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
+    return state
+
+
+def check_model(commit: Commit, path: Path, shape: LlamaShape, tokenizer: str) -> None:
+    """
+    Raises:
+        CheckpointError: the checkpoint is of another architecture or was trained with another tokenizer.
+    """
+    mine = asdict(shape)
+    # A longer context changes no weight.
+    different = [key for key in mine if key != "max_context" and mine[key] != commit.shape.get(key)]
+    if different:
+        what = ", ".join(f"{key} {commit.shape.get(key)} (this run: {mine[key]})" for key in different)
+        raise CheckpointError(f"{path} is a checkpoint of another model: {what}")
+    if tokenizer and commit.tokenizer and tokenizer != commit.tokenizer:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (fingerprint {commit.tokenizer[:12]}, this run's is {tokenizer[:12]})"
+        )
+
+
+def _make_empty(path: Path) -> None:
+    if path.exists():
+        (path / COMMIT).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _commit(path: Path, commit: Commit) -> None:
+    temporary = path / (COMMIT + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(asdict(commit), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / COMMIT)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first rank's own error, out of DCP's collected ones."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"{type(cause).__name__} on rank {rank}: {cause}"
+    return f"{type(error).__name__}: {error}"

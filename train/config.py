@@ -1,0 +1,279 @@
+"""The schema of a run: one class per section of the TOML file, every field with its meaning and unit.
+
+Field docstrings are the help text. Where values come from and how errors are reported is in `train/config_sources.py`;
+rules that span sections are in `train/config_rules.py`. Torch-free, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from models.sizes import SIZES, LlamaShape, num_parameters_without_embedding, with_overrides
+
+
+def _integral(value: Any) -> Any:
+    """Counts may be written 1e9: TOML reads that as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
+PositiveCount = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: FolderName = "run"
+    """Name of the run; its folder is `dir`/`name`."""
+    dir: str = "outputs"
+    """Folder that holds all runs."""
+    seed: Count = 1234
+    """Seed of initialisation and data order; everything random in a run follows from it."""
+    deterministic: bool = False
+    """Use deterministic kernels on GPU, so that a resumed run equals the uninterrupted one bit for bit (slower)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; "auto" takes CUDA where there is one."""
+
+
+class ShapeConfig(Section):
+    dim: PositiveCount | None = None
+    """Model width."""
+    num_layers: PositiveCount | None = None
+    """Number of blocks."""
+    num_heads: PositiveCount | None = None
+    """Query heads."""
+    num_kv_heads: PositiveCount | None = None
+    """Key-value heads."""
+    head_dim: PositiveCount | None = None
+    """Width of a head; default dim / num_heads."""
+    ffn_dim: PositiveCount | None = None
+    """Width of the feed-forward layer."""
+    vocab_size: PositiveCount | None = None
+    """Vocabulary; default the tokenizer's."""
+    rope_theta: Positive | None = None
+    """Base of the rotary frequencies."""
+    tied_embeddings: bool | None = None
+    """Share the embedding with the output head."""
+
+
+class ModelConfig(Section):
+    name: Literal["clm", "llama3"] = "clm"
+    """Model family."""
+    size: str | None = None
+    """Size within the family: debug, 60M, 200M, 400M, 600M, 1.1B (clm); 1B, 3B, 8B, 70B, 405B (llama3)."""
+    init_from: str = ""
+    """Start from weights instead of random ones: "hf:FOLDER" or "hf:ORGANISATION/NAME"; the shape comes from there."""
+    shape: ShapeConfig = ShapeConfig()
+    """Departures from the named size."""
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "bytes", "hf", "tiktoken"] = "bpe"
+    """bpe: trained on the corpus by `prepare`; bytes: 256 bytes and BOS; hf: a tokenizer.json; tiktoken: Llama-3's file."""
+    path: str = ""
+    """hf: folder or Hub id; tiktoken: the tokenizer.model file."""
+    vocab_size: Annotated[int, BeforeValidator(_integral), Field(ge=257)] = 2048
+    """bpe: ids to train, BOS included."""
+
+
+class SourceConfig(Section):
+    source: Literal["embedded", "files", "hub", "random"] = "embedded"
+    """embedded: source text of this Python's standard library; files: `paths`; hub: `dataset`; random: noise for benchmarks."""
+    paths: list[str] = []
+    """files: globs of .txt, .jsonl or .parquet (also .gz, .zst where Python can read them)."""
+    validation_paths: list[str] = []
+    """files: globs of the held-out text; default: a share of every .txt file's end and of the jsonl/parquet documents."""
+    column: str = "text"
+    """jsonl, parquet and hub: the field that holds the text."""
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """hub: dataset id."""
+    subset: str = "sample-100BT"
+    """hub: configuration of the dataset."""
+    split: str = "train"
+    """hub: split."""
+    revision: str = "main"
+    """hub: commit or branch; name a commit to make a corpus repeatable."""
+    max_documents: Count = 0
+    """Stop after this many documents; 0 takes all."""
+    validation_fraction: Fraction = 0.005
+    """Share of the documents that is held out for validation."""
+    weight: Positive = 1.0
+    """Share of the training tokens in a mixture of sources, relative to the other weights."""
+
+
+class DataConfig(SourceConfig):
+    dir: str = "data"
+    """Folder of prepared token shards; one sub-folder per corpus and tokenizer."""
+    streaming: bool = False
+    """Read documents and tokenise while training (files and hub) instead of from prepared shards; slower, for a quick start."""
+    shuffle_window: PositiveCount = 1024
+    """streaming: rows that are shuffled among each other."""
+    sources: list[SourceConfig] = []
+    """A mixture: `[[data.sources]]` tables with the keys above; when given, `data.source` itself is not used."""
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        if self.sources:
+            return list(self.sources)
+        return [SourceConfig(**{key: getattr(self, key) for key in SourceConfig.model_fields})]
+
+
+class TrainingConfig(Section):
+    steps: PositiveCount | None = None
+    """Length in optimizer steps. Give one of steps, tokens, tokens_per_parameter; a later source replaces an earlier one."""
+    tokens: PositiveCount | None = None
+    """Length in tokens."""
+    tokens_per_parameter: Positive | None = None
+    """Length in tokens per parameter, counted without the input embedding (compute-optimal: about 20)."""
+    stop_after: PositiveCount | None = None
+    """Stop after this step without changing the schedule."""
+    global_batch_size: PositiveCount = 8
+    """Rows per optimizer step, over all devices."""
+    micro_batch_size: PositiveCount | None = None
+    """Rows per device in one forward and backward; default all of a device's rows at once."""
+    sequence_length: PositiveCount = 256
+    """Tokens per row."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices; norms, embeddings and biases have none."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Shape after warm-up: cosine or linear to the minimum, or wsd: warm-up, stable, then linear decay."""
+    warmup_steps: Count = 100
+    """Steps of linear warm-up."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of the run, at its end, in which the rate decays."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate relative to the peak."""
+
+
+class ParallelConfig(Section):
+    replicate: Annotated[int, Field(ge=-1)] = -1
+    """Copies of the model that train on different rows; -1 takes what is left of the world size."""
+    shard: Annotated[int, Field(ge=-1)] = 1
+    """Devices over which parameters, gradients and optimizer state are sharded (FSDP2); -1 takes what is left."""
+    reshard_after_forward: bool = False
+    """Free gathered parameters after the forward and gather them again in the backward: less memory, more traffic."""
+
+
+class PrecisionConfig(Section):
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of matrix products and activations; "auto": bfloat16 on GPU, float32 on CPU. Parameters are always float32."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over devices."""
+
+
+class CompileConfig(Section):
+    enabled: bool = True
+    """torch.compile every block (fullgraph) and the loss."""
+    backend: Literal["inductor", "aot_eager"] = "inductor"
+    """Compiler; aot_eager traces without generating code, for debugging."""
+
+
+class ActivationCheckpointingConfig(Section):
+    mode: Literal["none", "selective", "full"] = "none"
+    """full: keep only block inputs; selective: keep matrix products and attention, recompute the rest; none: keep all."""
+
+
+class CheckpointConfig(Section):
+    interval: Count = 500
+    """Save every so many steps and at the end; 0 never saves."""
+    keep: PositiveCount = 2
+    """Complete checkpoints to keep."""
+    resume: str | int = "auto"
+    """ "auto": the run's latest complete step, if any; "none": start anew (refused where checkpoints exist); a step; a path."""
+
+
+class ValidationConfig(Section):
+    interval: Count = 500
+    """Evaluate the held-out rows every so many steps and at the end; 0 never does."""
+    steps: Count = 0
+    """Global batches of held-out rows to evaluate; 0 takes all of them."""
+
+
+class MetricsConfig(Section):
+    log_interval: PositiveCount = 10
+    """Log every so many steps; the loss is read from the device only then."""
+    wandb: bool = False
+    """Log to Weights & Biases (WANDB_MODE=offline works)."""
+    wandb_project: str = "newcompute"
+    """Weights & Biases project."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    compile: CompileConfig = CompileConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    transforms: list[dict[str, Any]] = []
+    """Hardware effects, `[[transforms]]` tables with a `kind`; this version knows none yet."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.training.sequence_length
+
+
+def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape:
+    """The shape a `[model]` section names, with its overrides and the tokenizer's vocabulary. Not for `init_from`.
+
+    Raises:
+        ValueError: the size is not one of the family's, or the overrides do not fit together.
+    """
+    size = model.size or ("debug" if model.name == "clm" else "8B")
+    if size not in SIZES[model.name]:
+        raise ValueError(f'model.size = "{size}" is not a size of {model.name}; choose from {", ".join(SIZES[model.name])}')
+    overrides = model.shape.model_dump()
+    overrides["vocab_size"] = overrides["vocab_size"] or vocab_size
+    return with_overrides(SIZES[model.name][size], **overrides)
+
+
+def total_steps(config: Config, shape: LlamaShape) -> int:
+    """Length of the schedule in optimizer steps, whichever way it was given (default 1000); rounded up."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        return math.ceil(training.tokens / config.tokens_per_step)
+    if training.tokens_per_parameter is not None:
+        tokens = training.tokens_per_parameter * num_parameters_without_embedding(shape)
+        return math.ceil(tokens / config.tokens_per_step)
+    return 1000

@@ -1,0 +1,219 @@
+"""Documents of a corpus, in an order that never changes, each marked as training or held-out text.
+
+What is held out is decided by the document itself (its file name, or its number), never by a random state: the same
+documents stay out of training however the corpus is read.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import SourceConfig
+
+
+class DataError(Exception):
+    """The data cannot be used as configured; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    held_out: bool
+    """Whether it belongs to the validation split."""
+
+
+def documents(source: SourceConfig, skip: int = 0, hub_state: dict[str, Any] | None = None) -> DocumentStream:
+    """All documents of a source from number `skip` on; a Hub stream goes on from `hub_state` instead of re-reading.
+
+    Raises:
+        DataError: nothing matches, or nothing can be read.
+    """
+    return DocumentStream(source, skip, hub_state)
+
+
+class DocumentStream:
+    """Iterates `Document`s; `consumed` counts them from the beginning of the corpus."""
+
+    def __init__(self, source: SourceConfig, skip: int = 0, hub_state: dict[str, Any] | None = None):
+        self.source = source
+        self.consumed = skip
+        self._hub: Any = None
+        if source.source == "embedded":
+            self._documents = _skipped(_embedded(source), skip)
+        elif source.source == "files":
+            self._documents = _skipped(_files(source), skip)
+        elif source.source == "hub":
+            self._hub = hub_dataset(source)
+            if hub_state is not None:
+                self._hub.load_state_dict(hub_state)
+            self._documents = _hub(source, self._hub, skip)
+        else:
+            raise DataError(f'source = "{source.source}" has no documents')
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self._documents:
+            if self.source.max_documents and self.consumed >= self.source.max_documents:
+                return
+            self.consumed += 1
+            yield document
+
+    def hub_state(self) -> dict[str, Any] | None:
+        """Position in a Hub stream after the last document, JSON-serialisable; None for local sources."""
+        return None if self._hub is None else self._hub.state_dict()
+
+
+def _skipped(stream: Iterator[Document], skip: int) -> Iterator[Document]:
+    for i, document in enumerate(stream):
+        if i >= skip:
+            yield document
+
+
+def is_held_out(identity: str, fraction: float) -> bool:
+    """Whether the document of this name or number is held out: a hash of it, uniform in [0, 1), is below `fraction`."""
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def embedded_files() -> list[Path]:
+    """The running Python's standard library as source text, sorted by path; what was installed beside it is left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages", "__pycache__")]
+        # _sysconfigdata holds the build machine's settings, not text.
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    if not found:
+        raise DataError(f'source = "embedded" found no Python source text under {root}; use source = "files"')
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _embedded(source: SourceConfig) -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in embedded_files():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document(text, is_held_out(path.relative_to(root).as_posix(), source.validation_fraction))
+
+
+def input_files(source: SourceConfig) -> list[Path]:
+    """Local files that a source reads, in reading order (none for the Hub).
+
+    Raises:
+        DataError: a glob matches nothing, or a file has an unknown ending.
+    """
+    if source.source == "embedded":
+        return embedded_files()
+    return [*_matches(source.paths, "paths"), *_matches(source.validation_paths, "validation_paths")]
+
+
+def _matches(patterns: list[str], key: str) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
+        matches = [path for path in matches if path.is_file()]
+        if not matches:
+            raise DataError(f"data.{key}: no file matches {pattern!r} (seen from {os.getcwd()})")
+        found.update(dict.fromkeys(matches))
+    for path in found:
+        if not _ending(path):
+            raise DataError(f"data.{key}: {path} is not .txt, .jsonl or .parquet (.txt and .jsonl also with .gz)")
+    return list(found)
+
+
+def _ending(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    last = suffixes[-1] if suffixes else ""
+    known = {".txt": "txt", ".text": "txt", ".md": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+    return known.get(last, "")
+
+
+def _files(source: SourceConfig) -> Iterator[Document]:
+    fraction = 0.0 if source.validation_paths else source.validation_fraction
+    number = 0
+    for path in _matches(source.paths, "paths"):
+        if _ending(path) == "txt":
+            yield from _text_file(path, fraction)
+            continue
+        for text in _records(path, source.column):
+            yield Document(text, is_held_out(str(number), fraction))
+            number += 1
+    for path in _matches(source.validation_paths, "validation_paths"):
+        texts = [_read_text(path)] if _ending(path) == "txt" else _records(path, source.column)
+        for text in texts:
+            yield Document(text, held_out=True)
+
+
+def _text_file(path: Path, fraction: float) -> Iterator[Document]:
+    """One document, and its last `fraction`, cut at a line's end, as held-out text."""
+    text = _read_text(path)
+    cut = len(text)
+    if fraction > 0:
+        cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 or int(len(text) * (1 - fraction))
+    for part, held_out in ((text[:cut], False), (text[cut:], True)):
+        if part.strip():
+            yield Document(part, held_out)
+
+
+def _read_text(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        return file.read()
+
+
+def _records(path: Path, column: str) -> Iterator[str]:
+    """The text column of a jsonl or parquet file; empty texts are left out."""
+    if _ending(path) == "parquet":
+        import pyarrow.parquet
+
+        parquet = pyarrow.parquet.ParquetFile(path)
+        if column not in parquet.schema_arrow.names:
+            raise DataError(f"{path} has no column {column!r}; it has {', '.join(parquet.schema_arrow.names)}")
+        for batch in parquet.iter_batches(columns=[column]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[column]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: expected a JSON object with a field {column!r} ({error})") from error
+            if not isinstance(text, str):
+                raise DataError(f"{path}:{number}: field {column!r} is not a string")
+            if text:
+                yield text
+
+
+def hub_dataset(source: SourceConfig) -> Any:
+    """A streaming `datasets.IterableDataset`, or a `DataError` that says why not."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise DataError(
+            f"data.dataset = {source.dataset!r} is on the Hub, but HF_HUB_OFFLINE is set: unset it, or use "
+            'source = "files" or "embedded"'
+        )
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            source.dataset, source.subset or None, split=source.split, revision=source.revision, streaming=True
+        )
+    except Exception as error:
+        raise DataError(f"cannot open {source.dataset} ({source.subset}) on the Hub: {error}") from error
+
+
+def _hub(source: SourceConfig, dataset: Any, first: int) -> Iterator[Document]:
+    for number, record in enumerate(dataset, start=first):
+        if source.column not in record:
+            raise DataError(f"{source.dataset} has no column {source.column!r}; it has {', '.join(record)}")
+        yield Document(record[source.column] or "", is_held_out(str(number), source.validation_fraction))

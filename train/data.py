@@ -1,0 +1,290 @@
+"""Rows of training data: row i is a pure function of (corpora, seed, i).
+
+Rows of T + 1 tokens are cut from a corpus at multiples of T, so that each token is predicted exactly once per epoch.
+Their order is a seeded permutation per epoch; in a mixture a fixed pattern says which source gives row i. Step s trains
+on rows [s B, (s + 1) B), of which data-parallel rank r takes the r-th contiguous part: how many ranks, workers or
+resumes there are cannot change what the model sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.config import Config
+from train.corpus import DataError
+from train.prepare import corpus_folder
+from train.shards import MANIFEST, Manifest, TokenFile, verify
+from train.tokenizer import Tokenizer
+
+IGNORE = -100
+"""Target that no loss is computed for (padding rows of the last validation batch)."""
+MIXTURE_PERIOD = 1024
+"""Rows after which a mixture's pattern repeats: weights are exact to 1 in this many."""
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where training stands in the data: all that a checkpoint needs to keep."""
+
+    epoch: int
+    seed: int
+    rows_consumed: int
+    fingerprint: str
+
+
+class Rows(Protocol):
+    """A numbered, endless supply of rows."""
+
+    fingerprint: str
+
+    def read(self, i: int, out: np.ndarray) -> None:
+        """Write row i, T + 1 tokens, into `out`."""
+        ...
+
+    def epoch(self, i: int) -> int: ...
+
+
+class CorpusRows:
+    """Rows of one prepared corpus in a permuted order, a new one each epoch."""
+
+    def __init__(self, tokens: TokenFile, sequence_length: int, key: tuple[int, ...]):
+        self.tokens, self.sequence_length, self.key = tokens, sequence_length, key
+        self.count = (len(tokens) - 1) // sequence_length
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def epoch(self, i: int) -> int:
+        return i // self.count
+
+    def read(self, i: int, out: np.ndarray) -> None:
+        epoch, position = divmod(i, self.count)
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([*self.key, epoch]).permutation(self.count)
+            self._order = (epoch, order.astype(np.uint32 if self.count < 1 << 32 else np.uint64))
+        self.tokens.read(int(self._order[1][position]) * self.sequence_length, out)
+
+
+class Mixture:
+    """Rows of several sources: of every 1,024 rows each source gives its share, spread evenly."""
+
+    def __init__(self, sources: list[CorpusRows], weights: list[float], fingerprint: str):
+        self.sources, self.fingerprint = sources, fingerprint
+        quotas = _quotas(weights, MIXTURE_PERIOD)
+        # Source s wants its k-th row at (k + 1/2) / quota of the period; sorting those wishes interleaves the sources.
+        wishes = sorted(((k + 0.5) / quota, s, k) for s, quota in enumerate(quotas) for k in range(quota))
+        self._pattern = [(s, k) for _, s, k in wishes]
+        self._quotas = quotas
+
+    def _locate(self, i: int) -> tuple[CorpusRows, int]:
+        period, position = divmod(i, MIXTURE_PERIOD)
+        source, k = self._pattern[position]
+        return self.sources[source], period * self._quotas[source] + k
+
+    def read(self, i: int, out: np.ndarray) -> None:
+        source, row = self._locate(i)
+        source.read(row, out)
+
+    def epoch(self, i: int) -> int:
+        source, row = self._locate(i)
+        return source.epoch(row)
+
+
+def _quotas(weights: list[float], total: int) -> list[int]:
+    """Whole numbers of sum `total` nearest to the weights (largest remainders), each at least 1."""
+    shares = [weight / sum(weights) * total for weight in weights]
+    quotas = [max(1, int(share)) for share in shares]
+    while sum(quotas) < total:
+        quotas[max(range(len(shares)), key=lambda s: shares[s] - quotas[s])] += 1
+    while sum(quotas) > total:
+        quotas[max(range(len(shares)), key=lambda s: quotas[s] - shares[s] if quotas[s] > 1 else -total)] -= 1
+    return quotas
+
+
+class RandomRows:
+    """Uniform tokens, for benchmarks."""
+
+    def __init__(self, vocab_size: int, seed: int):
+        self.vocab_size, self.seed = vocab_size, seed
+        self.fingerprint = f"random-{vocab_size}"
+
+    def epoch(self, i: int) -> int:
+        return 0
+
+    def read(self, i: int, out: np.ndarray) -> None:
+        out[:] = np.random.default_rng([self.seed, i]).integers(0, self.vocab_size, len(out))
+
+
+@dataclass
+class HeldOut:
+    """The validation rows, in the order of the corpus."""
+
+    parts: list[CorpusRows]
+    tokens_per_byte: float
+    """Of the whole held-out text; turns nats per token into bits per byte."""
+
+    @property
+    def count(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    def read(self, i: int, out: np.ndarray) -> None:
+        for part in self.parts:
+            if i < part.count:
+                part.tokens.read(i * part.sequence_length, out)
+                return
+            i -= part.count
+
+
+def open_data(config: Config, tokenizer: Tokenizer | None, vocab_size: int, check: bool = True) -> tuple[Rows, HeldOut | None]:
+    """Training and validation rows of a prepared configuration.
+
+    Args:
+        check: also verify the shards' sizes and contents (once per run is enough: rank 0 does).
+
+    Raises:
+        DataError: not prepared, damaged, made with another tokenizer, or too short.
+    """
+    seed, length = config.run.seed, config.training.sequence_length
+    if config.data.all_sources[0].source == "random":
+        return RandomRows(vocab_size, seed), None
+    assert tokenizer is not None
+    train, held_out, fingerprints = [], [], []
+    num_bytes = num_tokens = 0
+    for s, source in enumerate(config.data.all_sources):
+        folder = corpus_folder(config, source)
+        if not (folder / MANIFEST).exists():
+            raise DataError(f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first")
+        manifest = Manifest.read(folder)
+        if manifest.tokenizer["fingerprint"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{folder} was tokenised with another tokenizer (its manifest says {manifest.tokenizer['fingerprint'][:12]}, "
+                f"this run's is {tokenizer.fingerprint[:12]}): run `newcompute prepare` again"
+            )
+        if check:
+            verify(folder, manifest)
+        rows = CorpusRows(TokenFile(folder, manifest, "train"), length, (seed, s))
+        if rows.count < 1:
+            raise DataError(
+                f"{folder} holds {len(rows.tokens):,} training tokens, fewer than one row of "
+                f"training.sequence_length + 1 = {length + 1}"
+            )
+        train.append(rows)
+        held_out.append(CorpusRows(TokenFile(folder, manifest, "validation"), length, (seed, s)))
+        fingerprints.append(manifest.fingerprint)
+        num_bytes += manifest.splits["validation"].bytes
+        num_tokens += manifest.splits["validation"].tokens
+    weights = [source.weight for source in config.data.all_sources]
+    mixture = Mixture(train, weights, _fingerprint(fingerprints, weights, length))
+    return mixture, HeldOut(held_out, num_tokens / max(1, num_bytes))
+
+
+def _fingerprint(corpora: list[str], weights: list[float], length: int) -> str:
+    quotas = _quotas(weights, MIXTURE_PERIOD)
+    return hashlib.sha256(json.dumps([corpora, quotas, length]).encode()).hexdigest()
+
+
+class RowBatches:
+    """This rank's rows of every step, read ahead by a thread.
+
+    Iterating gives (rows, T + 1) int64 tensors, pinned where the device is a GPU, for steps `first_step`, `first_step` + 1
+    and so on. `waited` sums the seconds that the consumer stood still.
+    """
+
+    def __init__(self, rows: Rows, config: Config, rank: int, size: int, first_step: int, pin: bool):
+        self.rows, self.seed = rows, config.run.seed
+        self.global_batch, self.length = config.training.global_batch_size, config.training.sequence_length
+        self.per_rank = self.global_batch // size
+        self.rank, self.pin = rank, pin
+        self.step = first_step
+        self.waited = 0.0
+        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=2)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(first_step,), daemon=True, name="read rows")
+        self._thread.start()
+
+    def _work(self, step: int) -> None:
+        while not self._stop.is_set():
+            try:
+                item: Tensor | BaseException = self._read(step)
+            except BaseException as error:  # handed to the consumer, who raises it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            step += 1
+
+    def _read(self, step: int) -> Tensor:
+        batch = torch.empty(self.per_rank, self.length + 1, dtype=torch.int64, pin_memory=self.pin)
+        first = step * self.global_batch + self.rank * self.per_rank
+        for k, out in enumerate(batch.numpy()):
+            self.rows.read(first + k, out)
+        return batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            start = time.perf_counter()
+            item = self._queue.get()
+            self.waited += time.perf_counter() - start
+            if isinstance(item, BaseException):
+                raise item
+            self.step += 1
+            yield item
+
+    def state(self) -> dict[str, Any]:
+        """The `DataState` after the batches that were handed out."""
+        consumed = self.step * self.global_batch
+        epoch = self.rows.epoch(max(0, consumed - 1))
+        return asdict(DataState(epoch, self.seed, consumed, self.rows.fingerprint))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
+    """The step at which a saved data state goes on.
+
+    Raises:
+        DataError: the state belongs to other data, another seed, or another batch size that does not meet a step's start.
+    """
+    saved = DataState(**state)
+    if saved.fingerprint != rows.fingerprint:
+        raise DataError("the checkpoint was trained on other data (corpus, weights or sequence length differ)")
+    if saved.seed != config.run.seed:
+        raise DataError(f"the checkpoint's rows were ordered by run.seed {saved.seed}, this run's seed is {config.run.seed}")
+    if saved.rows_consumed % config.training.global_batch_size:
+        raise DataError(
+            f"the checkpoint has consumed {saved.rows_consumed} rows, which is no multiple of "
+            f"training.global_batch_size {config.training.global_batch_size}"
+        )
+    return saved.rows_consumed // config.training.global_batch_size
+
+
+def validation_batches(held_out: HeldOut, config: Config, rank: int, size: int, micro_batch: int) -> Iterator[Tensor]:
+    """This rank's (micro batch, T + 1) validation batches; every rank gets equally many, the last filled up with IGNORE.
+
+    With `validation.steps` the rows are taken at even distances over the whole held-out text, so that every source of a
+    mixture is among them.
+    """
+    limit = config.validation.steps * config.training.global_batch_size
+    count = min(held_out.count, limit) if limit else held_out.count
+    chosen = np.arange(count) * held_out.count // max(1, count)
+    per_round = micro_batch * size
+    for start in range(0, count, per_round):
+        batch = torch.full((micro_batch, config.training.sequence_length + 1), IGNORE, dtype=torch.int64)
+        mine = chosen[start + rank * micro_batch : min(start + (rank + 1) * micro_batch, count)]
+        for i, out in zip(mine, batch.numpy()):
+            held_out.read(int(i), out)
+        yield batch

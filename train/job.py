@@ -1,0 +1,164 @@
+"""One training job from configuration to finished run: checks, data, trainer, and what every error becomes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from models.hf import shape_from_hf
+from models.sizes import LlamaShape, num_parameters
+from parallel import mesh as meshes
+from train.checkpoint import CheckpointError, find_checkpoint
+from train.config import Config, named_shape
+from train.config_rules import resolve_degrees
+from train.corpus import DataError
+from train.data import open_data
+from train.metrics import Recorder
+from train.prepare import prepare, run_tokenizer
+from train.run_folder import RunFolder, RunFolderError
+from train.tokenizer import Tokenizer
+from train.trainer import NonFinite, Trainer
+
+EXIT_SETUP = 2
+EXIT_NON_FINITE = 3
+EXIT_CHECKPOINT = 4
+
+
+class JobError(Exception):
+    """The job cannot start or go on; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run_job(config: Config) -> None:
+    """Run a configuration to its end on this process.
+
+    Raises:
+        JobError: with the exit code 2 (cannot start), 3 (non-finite) or 4 (checkpoint could not be saved or loaded).
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = RunFolder.of(config)
+    try:
+        meshes.choose_device(config.run.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if rank == 0:
+            _check_before_start(config, folder)
+        mesh = meshes.start(config.run.device, *resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size))
+    except (DataError, RunFolderError, CheckpointError, ValueError) as error:
+        raise JobError(str(error), EXIT_SETUP) from error
+    try:
+        _train(config, mesh, folder)
+    except (DataError, RunFolderError, ValueError) as error:
+        raise JobError(str(error), EXIT_SETUP) from error
+    except NonFinite as error:
+        raise JobError(str(error), EXIT_NON_FINITE) from error
+    except CheckpointError as error:
+        raise JobError(str(error), EXIT_CHECKPOINT) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_before_start(config: Config, folder: RunFolder) -> None:
+    """What can be refused without a process group: the run folder, the checkpoint to resume, the data (rank 0)."""
+    folder.check(config)
+    find_checkpoint(folder.checkpoints, config.checkpoint.resume)
+    if not config.data.streaming:
+        if [source.source for source in config.data.all_sources] == ["embedded"]:
+            prepare(config)  # seconds, and the first run needs no other command
+        if config.data.all_sources[0].source != "random":
+            tokenizer = run_tokenizer(config)
+            rows, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+            if config.validation.interval and held_out is not None and held_out.count < 1:
+                raise DataError(
+                    "the held-out text is shorter than one row: raise data.validation_fraction, name "
+                    "data.validation_paths, or set validation.interval = 0"
+                )
+
+
+def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
+    _set_determinism(config, mesh.device)
+    tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
+    shape, hf_weights = resolve_shape(config, tokenizer)
+    rows, held_out = open_data(config, tokenizer, shape.vocab_size, check=False)
+    if mesh.is_main:
+        folder.write_config(config)
+        if tokenizer is not None:
+            tokenizer.save(folder.tokenizer)
+
+    trainer = Trainer(config, mesh, shape, tokenizer, rows, held_out, hf_weights)
+    resumed_from = trainer.resume()
+    if mesh.is_main:
+        trainer.checkpoints.remove_torn()
+        for path in trainer.checkpoints.set_aside_after(trainer.step):
+            print(f"set aside {path}: this run goes on from step {trainer.step}")
+        folder.cut_metrics_after(trainer.step)
+    recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, resumed_from is not None)
+    try:
+        recorder.say(_headline(config, shape, mesh, trainer))
+        recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")
+        trainer.run(recorder)
+        recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
+    finally:
+        recorder.close()
+
+
+def resolve_shape(config: Config, tokenizer: Tokenizer | None) -> tuple[LlamaShape, Path | None]:
+    """The architecture of a run, and the folder its initial weights come from.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's vocabulary has not, or the folder holds no Llama.
+    """
+    if config.model.init_from:
+        source = hf_folder(config.model.init_from.removeprefix("hf:"))
+        shape = shape_from_hf(source)
+    else:
+        source = None
+        shape = named_shape(config.model, tokenizer.vocab_size if tokenizer else None)
+    if tokenizer is not None and tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary is {shape.vocab_size}: use the "
+            "model's own tokenizer, or leave model.shape.vocab_size out"
+        )
+    return shape, source
+
+
+def hf_folder(name: str) -> Path:
+    """A local Hugging Face folder, or the downloaded one of a Hub id (safetensors and JSON only).
+
+    Raises:
+        ValueError: neither exists.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise ValueError(f"{name!r} is neither a folder here nor a model that the Hub gives: {error}") from error
+
+
+def _set_determinism(config: Config, device: torch.device) -> None:
+    if config.run.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Trainer) -> str:
+    replicate, shard = mesh.data.shape
+    precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
+    return (
+        f"{' '.join(sys.argv)}\n"
+        f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
+        f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
+        f"(replicate {replicate}, shard {shard}), {precision}\n"
+        f"{trainer.total_steps:,} steps of {config.tokens_per_step:,} tokens "
+        f"({config.training.global_batch_size} rows x {config.training.sequence_length}); {trainer.throughput.explanation}"
+    )

@@ -1,0 +1,48 @@
+"""Train a model: `torchrun --nproc_per_node=8 train/main.py --config configs/llama3_8b.toml`.
+
+Without torchrun it runs as one process. `--help` lists every setting.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# torchrun puts train/ itself first on the path, and an editable install comes last, behind any other "models" package.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
+
+from train.config_sources import ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
+
+EXIT_FAILED = 1
+EXIT_NON_FINITE = 3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, refuse what cannot work before anything starts, then run the job."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__ + "\n  --config FILE.toml (repeatable; later files win, flags win over files)\n" + help_text())
+        return
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    files, _, flags = split_arguments(arguments)
+    try:
+        config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        if not is_main:
+            raise SystemExit(2) from None
+        exit_with(error)
+
+    from train.job import JobError, run_job
+
+    try:
+        run_job(config)
+    except JobError as error:
+        if not is_main:
+            raise SystemExit(error.code) from None
+        exit_with(error, error.code)
+
+
+if __name__ == "__main__":
+    main()

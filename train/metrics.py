@@ -1,0 +1,211 @@
+"""What a run says while it trains: metrics.jsonl always, a progress line, and W&B or TensorBoard when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.sizes import FLOPS_FORMULA, LlamaShape, flops_per_token, peak_flops
+from train.config import Config
+from train.config_sources import to_toml
+
+LN2 = math.log(2)
+
+
+def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
+    """Loss in bits per byte of text: the headline number, since it can be compared between tokenizers."""
+    return nats_per_token / LN2 * tokens_per_byte
+
+
+def perplexity(nats_per_token: float) -> float:
+    return math.exp(min(nats_per_token, 700.0))
+
+
+class Throughput:
+    """Tokens per second and model FLOPs utilisation (MFU) between two readings."""
+
+    def __init__(self, shape: LlamaShape, config: Config, device: torch.device, world_size: int):
+        self.tokens_per_step, self.world_size, self.device = config.tokens_per_step, world_size, device
+        self.flops_per_token = flops_per_token(shape, config.training.sequence_length)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak = peak_flops(name) if device.type == "cuda" else None
+        peak = f"{self.peak / 1e12:,.0f} TFLOP/s (dense bf16)" if self.peak else "unknown, so no MFU is shown"
+        self.explanation = f"{self.flops_per_token:,} FLOPs per token = {FLOPS_FORMULA}; peak of {name}: {peak}"
+        self._time, self._step, self._waited = time.perf_counter(), 0, 0.0
+
+    def restart(self, step: int, waited: float) -> None:
+        """Begin an interval, after work that is no training (validation, saving)."""
+        self._time, self._step, self._waited = time.perf_counter(), step, waited
+
+    def read(self, step: int, waited: float) -> dict[str, Any]:
+        """Figures of the steps since the last reading; `waited` is the total time spent waiting for data."""
+        now = time.perf_counter()
+        elapsed, steps = max(now - self._time, 1e-9), step - self._step
+        rate = steps * self.tokens_per_step / elapsed
+        per_device = rate / self.world_size
+        figures = {
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_per_device": round(per_device, 1),
+            "mfu": round(per_device * self.flops_per_token / self.peak, 4) if self.peak else None,
+            "data_wait": round((waited - self._waited) / elapsed, 4),
+            "memory_gib": round(self._memory(), 3),
+        }
+        self._time, self._step, self._waited = now, step, waited
+        return figures
+
+    def _memory(self) -> float:
+        """Peak so far in GiB: reserved by the allocator on GPU, resident set of the process on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Recorder:
+    """Writes metrics of the main process; on the others it does nothing."""
+
+    def __init__(self, config: Config, folder: Path, active: bool, total_steps: int, resumed: bool):
+        self.active = active
+        self._sinks: list[Any] = []
+        if not active:
+            return
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._screen = _Screen(total_steps)
+        if config.metrics.wandb:
+            self._sinks.append(_WandbSink(config, folder, resumed))
+        if config.metrics.tensorboard:
+            self._sinks.append(_TensorboardSink(folder))
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self._screen.say(text)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl and show it. Non-finite numbers become null: JSON has none."""
+        if not self.active:
+            return
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        self._screen.show(row)
+        for sink in self._sinks:
+            sink.record(clean)
+
+    def close(self) -> None:
+        if self.active:
+            self._screen.close()
+            self._file.close()
+            for sink in self._sinks:
+                sink.close()
+
+
+class _Screen:
+    """A rich progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int):
+        self.total = total_steps
+        self._progress: Any = None
+        self._start: tuple[float, int] | None = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn())
+            self._task = self._progress.add_task("", total=total_steps)
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def show(self, row: dict[str, Any]) -> None:
+        if "val_loss" in row:
+            self.say(
+                f"step {row['step']}/{self.total}  validation: loss {row['val_loss']:.4f}  perplexity "
+                f"{row['val_perplexity']:.2f}  bits per byte {row['val_bits_per_byte']:.4f}"
+            )
+            return
+        mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        bits = f"  bpb {row['bits_per_byte']:.3f}" if row.get("bits_per_byte") is not None else ""
+        text = (
+            f"loss {row['loss']:.4f}{bits}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"{row['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], description=text)
+            return
+        self.say(f"step {row['step']}/{self.total}  {text}  ETA {self._eta(row['step'])}")
+
+    def _eta(self, step: int) -> str:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, step)
+            return "-"
+        began, first = self._start
+        seconds = (now - began) / max(1, step - first) * (self.total - step)
+        return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class _WandbSink:
+    def __init__(self, config: Config, folder: Path, resumed: bool):
+        import wandb
+
+        settings = wandb.Settings(console="off")
+        self._run = wandb.init(
+            project=config.metrics.wandb_project,
+            name=config.run.name,
+            dir=folder,
+            config=config.model_dump(),
+            id=_stable_id(folder),
+            resume="allow" if resumed else None,
+            settings=settings,
+        )
+
+    def record(self, row: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _stable_id(folder: Path) -> str:
+    """One W&B run per run folder, also after a resume."""
+    import secrets
+
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+class _TensorboardSink:
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def record(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def describe_config(config: Config) -> str:
+    """The resolved configuration as it is stored, for the log."""
+    return to_toml(config)

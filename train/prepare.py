@@ -1,0 +1,293 @@
+"""From text to token shards: `newcompute prepare`, and the embedded corpus at the first start of a run.
+
+Work happens in a folder named `.partial` that becomes the real one by a rename, after its manifest is written; whatever
+interrupts it leaves nothing that looks finished. Each time a shard file is full, the position is noted, and a later
+`prepare` goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from train.config import Config, SourceConfig
+from train.corpus import DataError, Document, documents, embedded_files, input_files
+from train.shards import MANIFEST, Manifest, ShardFile, Split, SplitWriter
+from train.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+TOKENS_PER_FILE = 100_000_000
+BATCH_CHARACTERS = 4_000_000
+BPE_SAMPLE_CHARACTERS = 20_000_000
+
+# Keys that do not change what is written; they stay out of the folder's name.
+_NOT_CONTENT = {"weight"}
+
+
+def tokenizer_key(config: Config) -> str:
+    """What distinguishes one tokenizer from another before it exists; part of every folder's name."""
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "bpe":
+        corpus = [_content(source) for source in config.data.all_sources]
+        return f"bpe{tokenizer.vocab_size}-{_digest(corpus)}"
+    return f"{tokenizer.kind}-{_digest(tokenizer.path)}" if tokenizer.path else tokenizer.kind
+
+
+def tokenizer_folder(config: Config) -> Path:
+    """Where the BPE trained on this corpus is kept."""
+    return Path(config.data.dir) / f"tokenizer-{tokenizer_key(config)}"
+
+
+def corpus_folder(config: Config, source: SourceConfig) -> Path:
+    """Where the shards of one source are kept: named by the source and the tokenizer."""
+    label = source.dataset.rpartition("/")[2] if source.source == "hub" else source.source
+    return Path(config.data.dir) / f"{label}-{_digest([_content(source), tokenizer_key(config)])}"
+
+
+def run_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer a run uses; a trained BPE must have been prepared.
+
+    Raises:
+        DataError: it cannot be read, or was not prepared yet.
+    """
+    path = config.tokenizer.path
+    if config.tokenizer.kind == "bpe":
+        path = str(tokenizer_folder(config))
+        if not (Path(path) / "tokenizer.json").exists():
+            raise DataError(f"the tokenizer {path} is not there yet: run `newcompute prepare` with this configuration")
+    try:
+        return load_tokenizer(config.tokenizer.kind, path)
+    except ValueError as error:
+        raise DataError(f"tokenizer: {error}") from error
+
+
+def prepare(config: Config, say: Callable[[str], None] = print) -> list[Path]:
+    """Write token shards for every source of a configuration, or find them already written.
+
+    Returns:
+        The folders, in the order of the sources.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be used.
+    """
+    sources = config.data.all_sources
+    if any(source.source == "random" for source in sources):
+        return []
+    with _exclusive(Path(config.data.dir) / ".lock", say):
+        if config.tokenizer.kind == "bpe":
+            _train_tokenizer(config, say)
+        tokenizer = run_tokenizer(config)
+        return [_prepare_source(config, source, tokenizer, say) for source in sources]
+
+
+def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
+    folder = corpus_folder(config, source)
+    inputs = inputs_hash(source)
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.read(folder)
+        if manifest.inputs == inputs and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
+            say(f"{folder} is prepared: {_summary(manifest)}")
+            return folder
+        say(f"{folder} was made from other text or another tokenizer; making it again")
+    partial = folder.with_name(folder.name + ".partial")
+    job = _Tokenization(partial, source, tokenizer, inputs)
+    manifest = job.run(say)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(partial, folder)
+    say(f"{folder}: {_summary(manifest)}")
+    return folder
+
+
+class _Tokenization:
+    """One source being tokenised into its `.partial` folder."""
+
+    def __init__(self, folder: Path, source: SourceConfig, tokenizer: Tokenizer, inputs: str):
+        self.folder, self.source, self.tokenizer, self.inputs = folder, source, tokenizer, inputs
+        self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self.identity = _digest([inputs, tokenizer.fingerprint, _content(source)])
+
+    def run(self, say: Callable[[str], None]) -> Manifest:
+        position = self._resume()
+        splits = {name: _split_from_json(position["splits"].get(name)) for name in ("train", "validation")}
+        writers = {name: SplitWriter(self.folder, name, self.dtype, TOKENS_PER_FILE, splits[name]) for name in splits}
+        stream = documents(self.source, position["documents"], position["hub_state"])
+        progress = _Progress(say, f"tokenising {self.source.source}")
+        for batch in _batches(iter(stream)):
+            ids = self.tokenizer.encode_batch([document.text for document in batch])
+            closed = False
+            for document, body in zip(batch, ids):
+                row = np.concatenate([[self.tokenizer.bos_id], body])
+                num_bytes = len(document.text.encode("utf-8", "replace"))
+                closed |= writers["validation" if document.held_out else "train"].add(row, num_bytes)
+            progress.update(stream.consumed, sum(split.tokens for split in splits.values()))
+            if closed:
+                self._note_position(writers, stream)
+        for writer in writers.values():
+            writer.close_file()
+        if not splits["train"].tokens:
+            files = [str(path) for path in input_files(self.source)][:3] if self.source.source != "hub" else []
+            raise DataError(f"there is no text to train on in {', '.join(files) or self.source.dataset}")
+        manifest = Manifest(_content(self.source), self.inputs, self._tokenizer_record(), self.dtype, splits)
+        (self.folder / "position.json").unlink(missing_ok=True)
+        manifest.write(self.folder)
+        return manifest
+
+    def _tokenizer_record(self) -> dict:
+        tokenizer = self.tokenizer
+        return {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+
+    def _note_position(self, writers: dict[str, SplitWriter], stream) -> None:
+        """Both files are closed at a common document boundary, so that the position is exact for both splits."""
+        for writer in writers.values():
+            writer.close_file()
+        position = {
+            "identity": self.identity,
+            "documents": stream.consumed,
+            "hub_state": stream.hub_state(),
+            "splits": {name: asdict(writer.split) for name, writer in writers.items()},
+        }
+        temporary = self.folder / "position.tmp"
+        temporary.write_text(json.dumps(position), encoding="utf-8")
+        os.replace(temporary, self.folder / "position.json")
+
+    def _resume(self) -> dict:
+        """The noted position of an interrupted attempt at the same work, or a fresh start."""
+        try:
+            position = json.loads((self.folder / "position.json").read_text(encoding="utf-8"))
+            if position["identity"] == self.identity:
+                return position
+        except (OSError, json.JSONDecodeError, KeyError):
+            pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return {"documents": 0, "hub_state": None, "splits": {}}
+
+
+def _split_from_json(record: dict | None) -> Split:
+    if record is None:
+        return Split()
+    return Split(**{**record, "files": [ShardFile(**file) for file in record["files"]]})
+
+
+def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in stream:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= 1024:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _train_tokenizer(config: Config, say: Callable[[str], None]) -> HFTokenizer:
+    folder = tokenizer_folder(config)
+    inputs = _digest([inputs_hash(source) for source in config.data.all_sources])
+    note = folder / "inputs"
+    if note.exists() and note.read_text() == inputs:
+        return HFTokenizer(folder)
+    say(f"training a byte-pair encoding of {config.tokenizer.vocab_size} ids")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = train_bpe(_bpe_sample(config), config.tokenizer.vocab_size, partial)
+    if tokenizer.vocab_size < config.tokenizer.vocab_size:
+        say(f"the text yields only {tokenizer.vocab_size} ids")
+    (partial / "inputs").write_text(inputs)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+    return HFTokenizer(folder)
+
+
+def _bpe_sample(config: Config) -> Iterator[str]:
+    """Every third training document of every source, up to a number of characters that fits in memory."""
+    for source in config.data.all_sources:
+        characters = number = 0
+        for document in documents(source):
+            if document.held_out:
+                continue
+            if number % 3 == 0:
+                yield document.text
+                characters += len(document.text)
+            number += 1
+            if characters > BPE_SAMPLE_CHARACTERS:
+                break
+
+
+def inputs_hash(source: SourceConfig) -> str:
+    """Changes when the input changes: the text itself (embedded), or the files' names, sizes and times."""
+    if source.source == "embedded":
+        digest = hashlib.sha256()
+        for path in embedded_files():
+            digest.update(f"{path.name}\0".encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+    if source.source == "hub":
+        return _digest([source.dataset, source.subset, source.split, source.revision])
+    records = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(source)]
+    return _digest(records)
+
+
+def _content(source: SourceConfig) -> dict:
+    return {key: value for key, value in source.model_dump().items() if key not in _NOT_CONTENT}
+
+
+def _digest(value) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def _summary(manifest: Manifest) -> str:
+    train, validation = manifest.splits["train"], manifest.splits["validation"]
+    return (
+        f"{train.tokens:,} training tokens of {train.documents:,} documents ({train.bytes / 1e6:.1f} MB), "
+        f"{validation.tokens:,} held out"
+    )
+
+
+@contextmanager
+def _exclusive(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Two `prepare`s of one folder take turns; the lock goes with the process that holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"data.dir: cannot write to {path.parent}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another prepare in {path.parent}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Progress:
+    """One line that renews itself on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, say: Callable[[str], None], label: str):
+        self.say, self.label = say, label
+        self.start = self.last = time.monotonic()
+
+    def update(self, num_documents: int, num_tokens: int) -> None:
+        now = time.monotonic()
+        if now - self.last < (0.2 if sys.stderr.isatty() else 10.0):
+            return
+        self.last = now
+        rate = num_tokens / (now - self.start)
+        line = f"{self.label}: {num_documents:,} documents, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            self.say(line)

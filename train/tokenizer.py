@@ -1,0 +1,258 @@
+"""Tokenizers behind one small interface: bytes, a tokenizer.json, Llama-3's tiktoken file, a BPE trained on the corpus.
+
+Two rules hold for all of them. Text never turns into a special token: a document that contains the letters "<|eot_id|>"
+is encoded as those letters (both libraries would otherwise parse them, and a web page could end a document). And every
+document starts with one boundary token: BOS, or EOS where the tokenizer has no BOS.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+# Llama 3's splitting rule (Meta's released tokenizer): contractions, words, up to three digits, punctuation, spaces.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BOS = "<|begin_of_text|>"
+
+
+def llama3_special_tokens() -> list[str]:
+    """The 256 special tokens of Llama 3.1, in the order of their ids, as its Hugging Face release names them."""
+    named = {
+        0: BOS,
+        1: "<|end_of_text|>",
+        4: "<|finetune_right_pad_id|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        8: "<|eom_id|>",
+        9: "<|eot_id|>",
+        10: "<|python_tag|>",
+    }
+    reserved = (f"<|reserved_special_token_{i}|>" for i in range(256))
+    return [named.get(i) or next(reserved) for i in range(256)]
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    vocab_size: int
+    """Largest id + 1."""
+    bos_id: int
+    """The token that starts every document."""
+    eos_id: int | None
+    """The tokenizer's own end token, if it has one."""
+    fingerprint: str
+    """sha256 of what defines the ids; shards made with another one are refused."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of every text, without the boundary token; special tokens' spellings are ordinary text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which `load_tokenizer` with this kind and this folder restores the tokenizer."""
+        ...
+
+    def save_hf(self, folder: Path) -> None:
+        """Write a Hugging Face tokenizer: AutoTokenizer gives our ids, and puts the boundary token first."""
+        ...
+
+
+def load_tokenizer(kind: str, path: str = "") -> Tokenizer:
+    """The tokenizer of a `[tokenizer]` section; for "bpe", `path` is the folder that `prepare` wrote.
+
+    Raises:
+        ValueError: the file is missing or not what its kind says.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "tiktoken":
+        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        return TiktokenTokenizer(file)
+    return HFTokenizer(_local_or_hub(path))
+
+
+class ByteTokenizer:
+    """One id per byte of UTF-8, and BOS = 256."""
+
+    vocab_size = 257
+    bos_id = 256
+    eos_id = None
+    fingerprint = hashlib.sha256(b"newcompute bytes: 0-255, BOS 256").hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def save(self, folder: Path) -> None:
+        self.save_hf(folder)
+
+    def save_hf(self, folder: Path) -> None:
+        # A byte-level BPE without merges, whose vocabulary gives each byte's stand-in character the byte as its id.
+        alphabet = {_stand_in(byte): byte for byte in range(256)}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(BOS, normalized=False, special=True)])
+        _save_hf(backend, folder, bos=BOS, eos=BOS)
+
+
+class HFTokenizer:
+    """A Hugging Face `tokenizer.json` with its `tokenizer_config.json`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        file = folder / "tokenizer.json"
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
+        self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        bos, self.eos_id = self._special("bos_token"), self._special("eos_token")
+        boundary = bos if bos is not None else self.eos_id
+        if boundary is None:
+            raise ValueError(f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token: documents need one")
+        self.bos_id = boundary
+
+    def _special(self, role: str) -> int | None:
+        file = self.folder / "tokenizer_config.json"
+        token = json.loads(file.read_text(encoding="utf-8")).get(role) if file.exists() else None
+        if isinstance(token, dict):
+            token = token.get("content")
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (self.folder / name).exists() and self.folder != folder:
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def save_hf(self, folder: Path) -> None:
+        self.save(folder)
+
+
+class TiktokenTokenizer:
+    """Llama-3's file of base64 tokens and ranks, with its 256 special tokens after them."""
+
+    def __init__(self, file: Path):
+        import tiktoken
+
+        try:
+            content = file.read_bytes()
+            lines = [line.split() for line in content.splitlines() if line]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read the tiktoken file {file}: {error}") from error
+        self.file = file
+        self.specials = {token: len(ranks) + i for i, token in enumerate(llama3_special_tokens())}
+        self.encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size = len(ranks) + len(self.specials)
+        self.bos_id = self.specials[BOS]
+        self.eos_id = self.specials["<|end_of_text|>"]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, np.uint32) for ids in self.encoding.encode_ordinary_batch(list(texts), num_threads=4)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        first_special = self.vocab_size - len(self.specials)
+        return self.encoding.decode([int(i) for i in ids if i < first_special])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file.resolve() != (folder / "tokenizer.model").resolve():
+            shutil.copyfile(self.file, folder / "tokenizer.model")
+
+    def save_hf(self, folder: Path) -> None:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        converter = TikTokenConverter(str(self.file), LLAMA3_PATTERN, extra_special_tokens=list(self.specials))
+        _save_hf(converter.converted(), folder, bos=BOS, eos="<|end_of_text|>")
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> HFTokenizer:
+    """Train a byte-level BPE with Llama 3's splitting rule on `texts` and save it to `folder`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    _save_hf(backend, folder, bos=BOS, eos=BOS)
+    return HFTokenizer(folder)
+
+
+def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str) -> None:
+    """tokenizer.json and tokenizer_config.json, so that `AutoTokenizer(text)` is BOS and then our ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text is text, as in training
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _stand_in(byte: int) -> str:
+    """The printable character that byte-level BPE writes for a byte (GPT-2's mapping)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
+
+
+def _local_or_hub(path: str) -> Path:
+    """A local folder (or the folder of a tokenizer.json), or the downloaded files of a Hub id."""
+    local = Path(path)
+    if local.is_dir():
+        return local
+    if local.is_file():
+        return local.parent
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
+    except Exception as error:
+        raise ValueError(f"tokenizer {path!r} is neither a folder here nor reachable on the Hub: {error}") from error

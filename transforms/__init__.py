@@ -1,0 +1,1 @@
+"""Hardware effects, and the counter-based generator that all randomness of a run comes from."""
