@@ -65,3 +65,14 @@ def shard(model: Llama, config: Config, mesh: Mesh) -> None:
             module.set_gradient_divide_factor(1.0)
             if mesh.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def reshard(model: Llama) -> None:
+    """Put the sharded parameters back after a forward that no backward follows.
+
+    Units that keep their gathered weights for the backward would otherwise go on holding them, and `parameters()` would
+    show those instead of the ones that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

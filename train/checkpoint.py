@@ -102,7 +102,9 @@ class Checkpoints:
     """Saves and restores one run's model and optimizer."""
 
     def __init__(self, folder: Path, keep: int, model: nn.Module, optimizer: Optimizer, mesh: Mesh):
-        self.folder, self.keep, self.model, self.optimizer, self.mesh = folder, keep, model, optimizer, mesh
+        self.folder, self.keep, self.optimizer, self.mesh = folder, keep, optimizer, mesh
+        # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
+        self.parameters = dict(named_parameters(model))
 
     def save(self, commit: Commit) -> Path:
         """Write a checkpoint of the current state and commit it; collective.
@@ -150,7 +152,7 @@ class Checkpoints:
     def _state(self) -> dict[str, Tensor]:
         """Every tensor to keep, under its plain name; loads write into these same tensors."""
         state: dict[str, Tensor] = {}
-        for name, parameter in named_parameters(self.model):
+        for name, parameter in self.parameters.items():
             state[name] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 state[f"{OPTIMIZER_PREFIX}{name}.{key}"] = value

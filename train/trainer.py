@@ -199,6 +199,7 @@ class Trainer:
             totals[0] += self.loss_sum(self.model(inputs), targets)
             totals[1] += (targets != IGNORE).sum()
         self.model.train()
+        parallelize.reshard(self.model)
         nats, tokens = self.mesh.sum_over_data(totals).tolist()
         loss = nats / tokens
         recorder.record(
