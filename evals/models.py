@@ -1,0 +1,82 @@
+"""Any model to evaluate as a transformers model with its tokenizer: a run, a checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from train.export import TrainedModel, is_run_or_checkpoint, open_trained
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """What evaluations work on."""
+
+    model: Any
+    """A transformers causal language model in eval mode, on its device."""
+    tokenizer: Any
+    """Its AutoTokenizer."""
+    context: int
+    """Longest sequence it was made for, in tokens."""
+    name: str
+    """The path it came from, with the step of a checkpoint."""
+
+
+def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> EvalModel:
+    """Load a run folder, one of its checkpoints, or a Hugging Face folder or Hub id.
+
+    Args:
+        device: "auto" takes a GPU where there is one.
+        dtype: "auto" is float32 on CPU and what the weights are stored in on GPU (bfloat16 for runs).
+
+    Raises:
+        ValueError: the reference is none of these; RunFolderError, CheckpointError: the run cannot be read.
+    """
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    path = Path(reference)
+    if is_run_or_checkpoint(path):
+        trained = open_trained(path)
+        model, tokenizer = _from_run(trained)
+        kind = torch.bfloat16 if place.type == "cuda" else torch.float32
+        context, name = trained.context, str(trained.checkpoint)
+    elif path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"{path} is neither a run, a checkpoint nor a Hugging Face folder (no config.json)")
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(reference)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
+        kind = model.dtype if place.type == "cuda" else torch.float32
+        context, name = getattr(model.config, "max_position_embeddings", 2048), reference
+    kind = kind if dtype == "auto" else getattr(torch, dtype)
+    return EvalModel(model.to(place, kind).eval(), tokenizer, context, name)
+
+
+def _from_run(trained: TrainedModel) -> tuple[Any, Any]:
+    if trained.tokenizer is None:
+        raise ValueError(f"{trained.checkpoint} was trained on random tokens: there is no tokenizer to evaluate it with")
+    config = LlamaConfig(**trained.hf_config("float32"))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = trained.state_dict()
+    if trained.shape.tied_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    _materialise_buffers(model)
+    with tempfile.TemporaryDirectory() as folder:
+        trained.tokenizer.save_hf(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
+
+
+def _materialise_buffers(model: Any) -> None:
+    """The rotary frequencies are no part of a state dict; a fresh module on the CPU computes them."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config)

@@ -1,0 +1,55 @@
+"""lm-eval tasks on a loaded model: its own ones by name, or a local YAML file or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.models import EvalModel
+
+
+def evaluate_tasks(
+    model: EvalModel, tasks: Sequence[str], include_path: str | None = None, limit: int | None = None, batch_size: int = 8
+) -> dict[str, dict[str, Any]]:
+    """{task: {metric: value}} as lm-eval reports them.
+
+    Args:
+        tasks: names, or paths of YAML files.
+        include_path: folder with further task definitions.
+        limit: examples per task, for a quick look.
+
+    Raises:
+        ValueError: a task is not known.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folders = [include_path] if include_path else []
+    names = []
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and Path(task).is_file():
+            folders.append(str(Path(task).resolve().parent))
+            names.append(_task_name(Path(task)))
+        else:
+            names.append(task)
+    manager = TaskManager(include_path=folders or None)
+    known = set(manager.all_tasks)
+    unknown = [name for name in names if name not in known and "*" not in name]
+    if unknown:
+        raise ValueError(f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks")
+    wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context)
+    results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    return {
+        task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in results["results"].items()
+    }
+
+
+def _task_name(file: Path) -> str:
+    """The `task:` of a YAML file (read as text: lm-eval's own tags are no plain YAML)."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("task:"):
+            return line.partition(":")[2].strip().strip("\"'")
+    raise ValueError(f"--tasks {file}: the file has no `task:` line")

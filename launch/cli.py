@@ -1,0 +1,166 @@
+"""The command `newcompute`: plan, prepare, export, eval, generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# An editable install comes last on the path, behind any other package named "models" or "train".
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "pyproject.toml").exists():
+    sys.path.insert(0, str(_ROOT))
+
+from train.config_sources import ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
+
+CONFIG_COMMANDS = {
+    "plan": "what a run would be, without running it: meshes, batches, parameters, FLOPs, memory, time",
+    "prepare": "turn the configured text into token shards",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; errors of the user end with exit code 2 and a message."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in CONFIG_COMMANDS:
+        _config_command(arguments[0], arguments[1:])
+        return
+    options = _parser().parse_args(arguments)
+    # Progress bars of the libraries hide our own few lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        options.run(options)
+    except Exception as error:
+        if _is_user_error(error):
+            exit_with(error)
+        raise
+
+
+def _is_user_error(error: Exception) -> bool:
+    from train.checkpoint import CheckpointError
+    from train.corpus import DataError
+    from train.run_folder import RunFolderError
+
+    return isinstance(error, ValueError | CheckpointError | DataError | RunFolderError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="newcompute", description="Pretrain and evaluate language models on simulated hardware.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in CONFIG_COMMANDS.items():
+        commands.add_parser(name, help=text)
+    _export_parser(commands)
+    _eval_parser(commands)
+    _generate_parser(commands)
+    return parser
+
+
+def _export_parser(commands: Any) -> None:
+    parser = commands.add_parser("export", help="write a run's weights and tokenizer as a Hugging Face folder")
+    parser.add_argument("--run", required=True, dest="source", metavar="RUN", help="run folder or one of its checkpoints")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--step", type=int, help="step to export (default: the latest complete one)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.set_defaults(run=_export)
+
+
+def _eval_parser(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="perplexity and bits per byte of text files, and lm-eval tasks")
+    parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files")
+    parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, at most 512)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: the context, no overlap)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval task definitions")
+    parser.add_argument("--limit", type=int, help="examples per task")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or requests per forward")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
+    parser.set_defaults(run=_eval)
+
+
+def _generate_parser(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt")
+    parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
+    parser.add_argument("--prompt", default="", help="text to continue; empty starts from BOS")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.set_defaults(run=_generate)
+
+
+def _config_command(command: str, arguments: list[str]) -> None:
+    """`plan` and `prepare` take the same files and flags as a training run."""
+    extra = {"plan": "  --world-size N   processes (default: this machine's GPUs, or 1)\n  --mfu X   assumed (default 0.4)\n"}
+    if "--help" in arguments or "-h" in arguments:
+        print(f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}")
+        print(help_text())
+        return
+    known = ("--world-size", "--mfu") if command == "plan" else ()
+    files, options, flags = split_arguments(arguments, known)
+    try:
+        if command == "plan":
+            from train.plan import print_plan
+
+            print_plan(files, flags, options)
+        else:
+            config = load_config(files, flags)
+            from train.prepare import prepare
+
+            prepare(config)
+    except ConfigError as error:
+        exit_with(error)
+    except Exception as error:
+        if _is_user_error(error):
+            exit_with(error)
+        raise
+
+
+def _export(options: argparse.Namespace) -> None:
+    from train.export import export, open_trained
+
+    trained = open_trained(Path(options.source), options.step)
+    export(trained, Path(options.out), options.dtype)
+    print(f"{trained.checkpoint} -> {options.out}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    if not options.text and not options.tasks:
+        raise ValueError("nothing to evaluate: give --text FILE or --tasks NAME")
+    from evals.models import load_model
+    from evals.report import print_results
+
+    model = load_model(options.model, options.device, options.dtype)
+    result: dict[str, Any] = {"model": model.name, "transforms": [], "text": {}, "tasks": {}}
+    if options.text:
+        from evals.text import choose_protocol, evaluate_text, protocol_record
+
+        protocol = choose_protocol(model.context, options.context, options.stride)
+        result["text"] = evaluate_text(model, [Path(file) for file in options.text], protocol, options.batch_size)
+        result["protocol"] = protocol_record(protocol)
+    if options.tasks:
+        from evals.tasks import evaluate_tasks
+
+        names = [name for name in options.tasks.split(",") if name]
+        result["tasks"] = evaluate_tasks(model, names, options.include_path, options.limit, options.batch_size)
+    print_results(result)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from evals.generate import generate
+    from evals.models import load_model
+
+    model = load_model(options.model, options.device)
+    print(generate(model, options.prompt, options.max_new_tokens, options.temperature, options.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The whole journey in a few minutes on a CPU: prepare, plan, train, export, evaluate, sample. `make train` runs it.
+#   launch/quickstart.sh [PROCESSES] [--section.field value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+processes=${1:-2}
+shift || true
+run=outputs/quickstart
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+echo "== text to tokens"
+newcompute prepare --config configs/quickstart.toml "$@"
+echo "== what will run"
+newcompute plan --config configs/quickstart.toml --world-size "$processes" "$@"
+echo "== training on $processes processes"
+launch/local.sh "$processes" --config configs/quickstart.toml "$@"
+echo "== export to a Hugging Face folder"
+newcompute export --run $run --out $run/export
+echo "== evaluation of the export, on text it has not seen"
+python -m evals.held_out_task --run $run --out $run/held_out
+newcompute eval --model $run/export --text $run/held_out/held_out.txt --tasks $run/held_out/held_out.yaml --out $run/eval.json
+echo "== a sample"
+newcompute generate --model $run/export --prompt "def " --max-new-tokens 120 --temperature 0.7
+echo
+echo "== where things are"
+echo "run folder         $run (config.toml, metrics.jsonl, checkpoints/)"
+echo "Hugging Face model $run/export"
+echo "evaluation         $run/eval.json"

@@ -1,0 +1,129 @@
+"""From a run's checkpoint to a Hugging Face folder, or to tensors in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.hf import SHARD_BYTES, hf_config, strip_padding, write_json, write_safetensors
+from models.sizes import LlamaShape, num_parameters
+from train.checkpoint import COMMIT, CheckpointError, Commit, checkpoint_names, committed_steps, read_tensors
+from train.config import Config
+from train.run_folder import RunFolder, RunFolderError
+from train.tokenizer import Tokenizer, load_tokenizer
+
+PROVENANCE = "newcompute.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A committed checkpoint with all that is needed to use it."""
+
+    checkpoint: Path
+    config: Config
+    commit: Commit
+    shape: LlamaShape
+    tokenizer: Tokenizer | None
+    """None where the run trained on random tokens."""
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model has seen in training."""
+        return self.config.training.sequence_length
+
+    def hf_config(self, dtype: str) -> dict:
+        bos, eos = None, []
+        if self.tokenizer is not None:
+            bos = self.tokenizer.bos_id
+            # Documents follow each other behind a boundary token, so that token also ends a text.
+            eos = [i for i in dict.fromkeys([self.tokenizer.eos_id, bos]) if i is not None]
+        return hf_config(self.shape, self.context, bos, eos, dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights, float32, padding stripped, under Hugging Face names."""
+        tensors = read_tensors(self.checkpoint, checkpoint_names(self.checkpoint))
+        return {name: strip_padding(name, tensor, self.shape).clone() for name, tensor in tensors.items()}
+
+
+def is_run_or_checkpoint(path: Path) -> bool:
+    return (path / COMMIT).exists() or (path / "config.toml").exists()
+
+
+def open_trained(path: Path, step: int | None = None) -> TrainedModel:
+    """A run folder (its latest complete step, or `step`) or one of its checkpoint folders.
+
+    Raises:
+        CheckpointError, RunFolderError: there is no such run or step, or it cannot be read.
+    """
+    if (path / COMMIT).exists():
+        checkpoint, folder = path, RunFolder(path.resolve().parent.parent)
+    else:
+        folder = RunFolder(path)
+        if not folder.config_file.exists():
+            raise RunFolderError(f"{path} is neither a run folder (no config.toml) nor a checkpoint (no {COMMIT})")
+        steps = committed_steps(folder.checkpoints)
+        wanted = max(steps, default=None) if step is None else step
+        if wanted not in steps:
+            what = "no complete checkpoint" if step is None else f"no complete step {step}"
+            raise CheckpointError(f"{path} has {what}; complete steps: {', '.join(map(str, steps)) or 'none'}")
+        checkpoint = steps[wanted]
+    config, commit = folder.read_config(), Commit.read(checkpoint)
+    tokenizer = load_tokenizer(config.tokenizer.kind, str(folder.tokenizer)) if commit.tokenizer else None
+    return TrainedModel(checkpoint, config, commit, commit.llama_shape(), tokenizer)
+
+
+def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
+    """Write a Hugging Face folder: weights, config.json, generation_config.json, tokenizer, and where it came from.
+
+    The folder appears by a rename once it is whole; an earlier export there is replaced, anything else is not.
+
+    Raises:
+        ValueError: `out` holds something that is no export of ours.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
+        raise ValueError(f"{out} is not empty and was not written by `newcompute export`: choose another --out")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = model.hf_config(dtype)
+    write_json(partial / "config.json", config)
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
+    write_json(partial / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    write_safetensors(partial, _groups(model), model.shape, getattr(torch, dtype))
+    if model.tokenizer is not None:
+        model.tokenizer.save_hf(partial)
+        _limit_length(partial / "tokenizer_config.json", model.context)
+    provenance = {
+        "run": model.config.run.name,
+        "step": model.commit.step,
+        "parameters": num_parameters(model.shape),
+        "tokens": model.commit.step * model.config.tokens_per_step,
+        "transforms": model.config.transforms,
+    }
+    write_json(partial / PROVENANCE, provenance)
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(partial, out)
+
+
+def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint's tensors in groups of one file's size, so that no more than that is in memory."""
+    group: dict[str, torch.Size] = {}
+    for name, size in checkpoint_names(model.checkpoint).items():
+        if group and 4 * sum(s.numel() for s in [*group.values(), size]) > SHARD_BYTES:
+            yield read_tensors(model.checkpoint, group)
+            group = {}
+        group[name] = size
+    yield read_tensors(model.checkpoint, group)
+
+
+def _limit_length(file: Path, context: int) -> None:
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    write_json(file, settings | {"model_max_length": context})
