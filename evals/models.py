@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from train.export import TrainedModel, is_run_or_checkpoint, open_trained
+# transformers imports torchao, which reports each of its GPU libraries that a CPU cannot load.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,9 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> Eva
 
 def _from_run(trained: TrainedModel) -> tuple[Any, Any]:
     if trained.tokenizer is None:
-        raise ValueError(f"{trained.checkpoint} was trained on random tokens: there is no tokenizer to evaluate it with")
+        raise ValueError(
+            f"{trained.checkpoint} was trained on random tokens: there is no tokenizer to evaluate it with"
+        )
     config = LlamaConfig(**trained.hf_config("float32"))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -14,9 +14,11 @@ def print_results(result: dict[str, Any]) -> None:
     console.print(f"[bold]{result['model']}[/bold]", highlight=False)
     if result["text"]:
         protocol = result["protocol"]
-        title = f"text: windows of {protocol['context']} tokens, stride {protocol['stride']}, first token unscored, no BOS"
+        title = (
+            f"text: windows of {protocol['context']} tokens, stride {protocol['stride']}, first token unscored, no BOS"
+        )
         table = Table(title=title, title_justify="left")
-        table.add_column("file")
+        table.add_column("file", overflow="fold")
         for column in ("perplexity", "bits per byte", "tokens scored"):
             table.add_column(column, justify="right")
         for file, row in result["text"].items():

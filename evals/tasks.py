@@ -10,7 +10,11 @@ from evals.models import EvalModel
 
 
 def evaluate_tasks(
-    model: EvalModel, tasks: Sequence[str], include_path: str | None = None, limit: int | None = None, batch_size: int = 8
+    model: EvalModel,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """{task: {metric: value}} as lm-eval reports them.
 
@@ -38,7 +42,9 @@ def evaluate_tasks(
     known = set(manager.all_tasks)
     unknown = [name for name in names if name not in known and "*" not in name]
     if unknown:
-        raise ValueError(f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks")
+        raise ValueError(
+            f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks"
+        )
     wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context)
     results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
     return {

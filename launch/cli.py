@@ -48,7 +48,9 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="newcompute", description="Pretrain and evaluate language models on simulated hardware.")
+    parser = argparse.ArgumentParser(
+        prog="newcompute", description="Pretrain and evaluate language models on simulated hardware."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in CONFIG_COMMANDS.items():
         commands.add_parser(name, help=text)
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export_parser(commands: Any) -> None:
     parser = commands.add_parser("export", help="write a run's weights and tokenizer as a Hugging Face folder")
-    parser.add_argument("--run", required=True, dest="source", metavar="RUN", help="run folder or one of its checkpoints")
+    parser.add_argument(
+        "--run", required=True, dest="source", metavar="RUN", help="run folder or one of its checkpoints"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--step", type=int, help="step to export (default: the latest complete one)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -96,9 +100,13 @@ def _generate_parser(commands: Any) -> None:
 
 def _config_command(command: str, arguments: list[str]) -> None:
     """`plan` and `prepare` take the same files and flags as a training run."""
-    extra = {"plan": "  --world-size N   processes (default: this machine's GPUs, or 1)\n  --mfu X   assumed (default 0.4)\n"}
+    extra = {
+        "plan": "  --world-size N   processes (default: this machine's GPUs, or 1)\n  --mfu X   assumed (default 0.4)\n"
+    }
     if "--help" in arguments or "-h" in arguments:
-        print(f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}")
+        print(
+            f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}"
+        )
         print(help_text())
         return
     known = ("--world-size", "--mfu") if command == "plan" else ()

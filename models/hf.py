@@ -7,6 +7,7 @@ vocabulary's padding.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ class HFWeights:
     def __init__(self, folder: Path):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} has no .safetensors file; other formats are not loaded, since they can run code")
+            raise ValueError(
+                f"{folder} has no .safetensors file; other formats are not loaded, since they can run code"
+            )
         self._open = [safe_open(file, framework="pt") for file in files]
         self._where = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - not a dict
 
@@ -166,6 +169,7 @@ def write_safetensors(folder: Path, groups: Iterable[dict[str, Tensor]], shape: 
         tensors = {name: strip_padding(name, tensor, shape).to(dtype).contiguous() for name, tensor in group.items()}
         path = folder / f"part-{i:05d}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         written.append((path, list(tensors)))
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(written) == 1:
@@ -179,6 +183,13 @@ def write_safetensors(folder: Path, groups: Iterable[dict[str, Tensor]], shape: 
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     return total
+
+
+def _umask() -> int:
+    """The process's file-creation mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def strip_padding(name: str, tensor: Tensor, shape: LlamaShape) -> Tensor:

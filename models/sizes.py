@@ -63,7 +63,9 @@ def _clm(dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: 
     return LlamaShape(dim, num_layers, num_heads, num_kv_heads, ffn_dim, vocab_size)
 
 
-def _llama3(dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: int, factor: float = 8.0, tied=False):
+def _llama3(
+    dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: int, factor: float = 8.0, tied=False
+):
     """Llama 3.1 (factor 8) and 3.2 (factor 32, tied): RoPE base 500,000, context 131,072."""
     return LlamaShape(
         dim, num_layers, num_heads, num_kv_heads, ffn_dim, vocab_size=128_256, max_context=131_072,

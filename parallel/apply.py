@@ -6,6 +6,7 @@ outside the compiled region.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +61,8 @@ def shard(model: Llama, config: Config, mesh: Mesh) -> None:
     for block in decoder.layers.values():
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)
+    # The logits are a view where the vocabulary is padded, and nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -8,7 +8,6 @@ initialisation on CPU would give every shard the same values.
 from __future__ import annotations
 
 from collections.abc import Callable
-
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 

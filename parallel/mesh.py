@@ -59,7 +59,9 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     if requested == "cpu" or (requested == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ValueError('run.device = "cuda", but PyTorch sees no CUDA GPU here: use "auto" or "cpu", or install a CUDA build')
+        raise ValueError(
+            'run.device = "cuda", but PyTorch sees no CUDA GPU here: use "auto" or "cpu", or install a CUDA build'
+        )
     if local_rank >= available:
         raise ValueError(f"process {local_rank} of this node has no GPU of its own: PyTorch sees {available}")
     return torch.device("cuda", local_rank)
@@ -75,7 +77,9 @@ def start(requested_device: str, replicate: int, shard: int) -> Mesh:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo beside nccl: checkpoints exchange their plans without touching the GPU
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            backend, timeout=RENDEZVOUS_TIMEOUT, device_id=device if device.type == "cuda" else None
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     data = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT, read_metrics, tiny_flags
 
-ROOT = Path(__file__).resolve().parent.parent
 REAL_INPUTS = ROOT.parent / "shared" / "data"
 
 # Tests never reach for the network, and a few threads per process keep two-process tests from fighting for cores.
@@ -39,14 +37,17 @@ def text_corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def run_python(*arguments: str, check: bool = True, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the project, under torchrun with several processes; output is captured as text."""
-    command = [sys.executable, *arguments]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
-    )
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
+@pytest.fixture
+def run_here(tmp_path, text_corpus):
+    """Run a tiny job in this process; returns its `metrics.jsonl` rows. Keyword arguments change settings."""
+    from train.config_sources import load_config
+    from train.job import run_job
+    from train.prepare import prepare
+
+    def run(name: str = "run", **changes: object) -> list[dict]:
+        config = load_config([], tiny_flags(tmp_path, text_corpus, name, **changes), world_size=1)
+        prepare(config, say=lambda text: None)
+        run_job(config)
+        return read_metrics(tmp_path / name)
+
+    return run

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
         return steps[max(steps)] if steps else None
     if resume == "none":
         if steps:
-            raise CheckpointError(f'checkpoint.resume = "none" would overwrite this run; choose another run.name ({available})')
+            raise CheckpointError(
+                f'checkpoint.resume = "none" would overwrite this run; choose another run.name ({available})'
+            )
         return None
     if isinstance(resume, int):
         if resume not in steps:
@@ -117,7 +120,9 @@ class Checkpoints:
         try:
             dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True))
         except (CheckpointException, OSError, RuntimeError) as error:
-            raise CheckpointError(self._advice(f"could not save step {commit.step} to {path}: {_root_cause(error)}")) from error
+            raise CheckpointError(
+                self._advice(f"could not save step {commit.step} to {path}: {_root_cause(error)}")
+            ) from error
         self._on_main(lambda: _commit(path, commit), f"commit {path}")
         self._on_main(self._remove_old, f"remove old checkpoints in {self.folder}")
         return path
@@ -173,7 +178,7 @@ class Checkpoints:
     def _advice(self, problem: str) -> str:
         steps = committed_steps(self.folder)
         last = f"the last complete one is step {max(steps)}" if steps else "there is no complete one yet"
-        return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command again."
+        return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command."
 
     def _remove_old(self) -> None:
         steps = committed_steps(self.folder)
@@ -193,7 +198,9 @@ def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Read some of a checkpoint's tensors whole, float32 on CPU, without a process group."""
     state: dict[str, Any] = {name: torch.empty(size, dtype=torch.float32) for name, size in names.items()}
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
     return state

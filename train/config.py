@@ -260,7 +260,9 @@ def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape
     """
     size = model.size or ("debug" if model.name == "clm" else "8B")
     if size not in SIZES[model.name]:
-        raise ValueError(f'model.size = "{size}" is not a size of {model.name}; choose from {", ".join(SIZES[model.name])}')
+        raise ValueError(
+            f'model.size = "{size}" is not a size of {model.name}; choose from {", ".join(SIZES[model.name])}'
+        )
     overrides = model.shape.model_dump()
     overrides["vocab_size"] = overrides["vocab_size"] or vocab_size
     return with_overrides(SIZES[model.name][size], **overrides)

@@ -29,9 +29,13 @@ def _shape(config: Config) -> tuple[LlamaShape | None, list[Problem]]:
     if model.init_from:
         problems = []
         if not model.init_from.startswith("hf:") or model.init_from == "hf:":
-            problems.append(Problem('expected "hf:FOLDER" or "hf:ORGANISATION/NAME"', "model.init_from", model.init_from))
+            problems.append(
+                Problem('expected "hf:FOLDER" or "hf:ORGANISATION/NAME"', "model.init_from", model.init_from)
+            )
         if model.size is not None:
-            problems.append(Problem("the shape comes from model.init_from: leave the size out", "model.size", model.size))
+            problems.append(
+                Problem("the shape comes from model.init_from: leave the size out", "model.size", model.size)
+            )
         if model.shape != type(model.shape)():
             problems.append(Problem("the shape comes from model.init_from: leave [model.shape] out", "model.shape"))
         return None, problems
@@ -55,7 +59,9 @@ def _sources(config: Config) -> Iterator[Problem]:
         if source.source == "files" and not source.paths:
             yield Problem('source = "files" needs globs here', f"{where}.paths", source.paths)
         if source.source == "random" and data.sources:
-            yield Problem("random tokens are for benchmarks and cannot be part of a mixture", f"{where}.source", "random")
+            yield Problem(
+                "random tokens are for benchmarks and cannot be part of a mixture", f"{where}.source", "random"
+            )
         if data.streaming and source.source not in ("files", "hub"):
             yield Problem('streaming reads "files" or "hub"', f"{where}.source", source.source)
     if data.streaming and len(data.all_sources) > 1:
@@ -89,7 +95,9 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     rows = replicate * shard * (training.micro_batch_size or 1)
     if training.global_batch_size % rows:
         nearest = max(rows, round(training.global_batch_size / rows) * rows)
-        micro = f" x training.micro_batch_size {training.micro_batch_size} = {rows}" if training.micro_batch_size else ""
+        micro = (
+            f" x training.micro_batch_size {training.micro_batch_size} = {rows}" if training.micro_batch_size else ""
+        )
         yield Problem(
             f"not a multiple of {replicate * shard} data-parallel processes{micro}; the nearest that is: {nearest}",
             "training.global_batch_size",
@@ -120,6 +128,8 @@ def resolve_degrees(replicate: int, shard: int, world_size: int) -> tuple[int, i
     if open_names and world_size % fixed:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - fixed))
-        raise ValueError(f"{fixed} does not divide the {world_size} running processes; the nearest that does: {nearest}")
+        raise ValueError(
+            f"{fixed} does not divide the {world_size} running processes; the nearest that does: {nearest}"
+        )
     rest = world_size // fixed
     return (rest if replicate == -1 else replicate), (rest if shard == -1 else shard)

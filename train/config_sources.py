@@ -81,7 +81,9 @@ class Sources:
         for part in parents:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                self.problems.append(Problem(f'"{part}" is a value elsewhere, so it cannot be a table', key, value, origin))
+                self.problems.append(
+                    Problem(f'"{part}" is a value elsewhere, so it cannot be a table', key, value, origin)
+                )
                 return
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             earlier = table.get(last)
@@ -335,7 +337,9 @@ def _type_name(annotation: Any) -> str:
         return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
     if origin is list:
         return "ARRAY"
-    return {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}.get(getattr(annotation, "__name__", ""), "VALUE")
+    return {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}.get(
+        getattr(annotation, "__name__", ""), "VALUE"
+    )
 
 
 def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tuple[list[str], dict[str, str], list[str]]:

@@ -90,7 +90,9 @@ def embedded_files() -> list[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages", "__pycache__")]
         # _sysconfigdata holds the build machine's settings, not text.
-        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        found += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
     if not found:
         raise DataError(f'source = "embedded" found no Python source text under {root}; use source = "files"')
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

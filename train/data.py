@@ -144,7 +144,9 @@ class HeldOut:
             i -= part.count
 
 
-def open_data(config: Config, tokenizer: Tokenizer | None, vocab_size: int, check: bool = True) -> tuple[Rows, HeldOut | None]:
+def open_data(
+    config: Config, tokenizer: Tokenizer | None, vocab_size: int, check: bool = True
+) -> tuple[Rows, HeldOut | None]:
     """Training and validation rows of a prepared configuration.
 
     Args:
@@ -162,7 +164,9 @@ def open_data(config: Config, tokenizer: Tokenizer | None, vocab_size: int, chec
     for s, source in enumerate(config.data.all_sources):
         folder = corpus_folder(config, source)
         if not (folder / MANIFEST).exists():
-            raise DataError(f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first")
+            raise DataError(
+                f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first"
+            )
         manifest = Manifest.read(folder)
         if manifest.tokenizer["fingerprint"] != tokenizer.fingerprint:
             raise DataError(
@@ -263,7 +267,9 @@ def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
     if saved.fingerprint != rows.fingerprint:
         raise DataError("the checkpoint was trained on other data (corpus, weights or sequence length differ)")
     if saved.seed != config.run.seed:
-        raise DataError(f"the checkpoint's rows were ordered by run.seed {saved.seed}, this run's seed is {config.run.seed}")
+        raise DataError(
+            f"the checkpoint's rows were ordered by run.seed {saved.seed}, this run's seed is {config.run.seed}"
+        )
     if saved.rows_consumed % config.training.global_batch_size:
         raise DataError(
             f"the checkpoint has consumed {saved.rows_consumed} rows, which is no multiple of "

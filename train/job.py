@@ -48,7 +48,9 @@ def run_job(config: Config) -> None:
         meshes.choose_device(config.run.device, int(os.environ.get("LOCAL_RANK", 0)))
         if rank == 0:
             _check_before_start(config, folder)
-        mesh = meshes.start(config.run.device, *resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size))
+        mesh = meshes.start(
+            config.run.device, *resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size)
+        )
     except (DataError, RunFolderError, CheckpointError, ValueError) as error:
         raise JobError(str(error), EXIT_SETUP) from error
     try:
@@ -72,7 +74,7 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
             prepare(config)  # seconds, and the first run needs no other command
         if config.data.all_sources[0].source != "random":
             tokenizer = run_tokenizer(config)
-            rows, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+            _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
             if config.validation.interval and held_out is not None and held_out.count < 1:
                 raise DataError(
                     "the held-out text is shorter than one row: raise data.validation_fraction, name "

@@ -91,7 +91,9 @@ class Recorder:
         """Append one object to metrics.jsonl and show it. Non-finite numbers become null: JSON has none."""
         if not self.active:
             return
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         self._screen.show(row)

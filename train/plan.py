@@ -72,7 +72,10 @@ def plan_memory(config: Config, shape: LlamaShape, shard: int, data_size: int, c
         gradients=4 * sharded,
         optimizer=8 * sharded,
         gathered=compute_bytes * gathered,
-        activations=compute_bytes * tokens * kept_per_token(shape, config.activation_checkpointing.mode) * shape.num_layers,
+        activations=compute_bytes
+        * tokens
+        * kept_per_token(shape, config.activation_checkpointing.mode)
+        * shape.num_layers,
         logits=tokens * shape.padded_vocab_size * logit_bytes,
     )
 

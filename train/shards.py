@@ -99,7 +99,9 @@ def verify(folder: Path, manifest: Manifest) -> None:
     for file in files:
         with open(folder / file.name, "rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                raise DataError(f"token shard {folder / file.name} is not what its manifest says (sha256 differs); {remedy}")
+                raise DataError(
+                    f"token shard {folder / file.name} is not what its manifest says (sha256 differs); {remedy}"
+                )
 
 
 class TokenFile:

@@ -21,7 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 # Llama 3's splitting rule (Meta's released tokenizer): contractions, words, up to three digits, punctuation, spaces.
 LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BOS = "<|begin_of_text|>"
 
@@ -90,7 +91,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     bos_id = 256
-    eos_id = None
+    eos_id: int | None = None
     fingerprint = hashlib.sha256(b"newcompute bytes: 0-255, BOS 256").hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -130,7 +131,9 @@ class HFTokenizer:
         bos, self.eos_id = self._special("bos_token"), self._special("eos_token")
         boundary = bos if bos is not None else self.eos_id
         if boundary is None:
-            raise ValueError(f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token: documents need one")
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token: documents need one"
+            )
         self.bos_id = boundary
 
     def _special(self, role: str) -> int | None:
@@ -171,11 +174,13 @@ class TiktokenTokenizer:
             raise ValueError(f"cannot read the tiktoken file {file}: {error}") from error
         self.file = file
         self.specials = {token: len(ranks) + i for i, token in enumerate(llama3_special_tokens())}
-        self.encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.encoding = tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
+        )
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = len(ranks) + len(self.specials)
         self.bos_id = self.specials[BOS]
-        self.eos_id = self.specials["<|end_of_text|>"]
+        self.eos_id: int | None = self.specials["<|end_of_text|>"]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray(ids, np.uint32) for ids in self.encoding.encode_ordinary_batch(list(texts), num_threads=4)]

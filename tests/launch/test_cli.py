@@ -1,0 +1,93 @@
+"""The command line as a user meets it: help without torch, plans, and every bad input with its message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, run_python, tiny_flags
+
+from launch.cli import main
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train/main.py", "--help"], ["-m", "launch.cli", "--help"], ["-m", "launch.cli", "plan", "--help"],
+     ["-m", "launch.cli", "eval", "--help"]],
+)  # fmt: skip
+def test_help_does_not_import_torch(arguments):
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "help" in done.stdout.lower() or "--config" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pydantic" in imported or "argparse" in imported
+    assert not imported & {"torch", "transformers", "datasets", "lm_eval", "numpy"}
+
+
+def test_plan_shows_the_published_arithmetic(capsys):
+    main(["plan", "--config", str(ROOT / "configs" / "clm_60m.toml"), "--world-size", "8"])
+    out = capsys.readouterr().out
+    assert "7,075 steps" in out
+    assert "82,101,120; without input embedding 63,226,752" in out
+    assert "replicate 8 x shard 1" in out
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_plans_on_a_node_of_eight(config, capsys):
+    main(["plan", "--config", str(config), "--world-size", "8"])
+    assert "iB per device" in capsys.readouterr().out
+
+
+BAD_INPUTS = {
+    "unknown key": (
+        ["--training.stepz", "5"],
+        "flag --training.stepz: training.stepz = 5\n      unknown key; did you mean training.steps?",
+    ),
+    "wrong type": (["--training.steps", "many"], 'training.steps = "many"\n      expected a whole number'),
+    "missing file": (
+        ["--config", "no/such.toml"],
+        "no/such.toml\n      cannot read this file: No such file or directory",
+    ),
+    "batch that does not divide": (
+        ["--training.micro_batch_size", "3"],
+        "not a multiple of 1 data-parallel processes x training.micro_batch_size 3 = 3; the nearest that is: 9",
+    ),
+    "world size that does not divide": (
+        ["--parallel.shard", "3"],
+        "3 does not divide the 1 running processes; the nearest that does: 1",
+    ),
+    "no such step": (["--checkpoint.resume", "7"], "checkpoint.resume = 7: there is no such step"),
+    "no GPU": (["--run.device", "cuda"], 'run.device = "cuda", but PyTorch sees no CUDA GPU here'),
+    "missing text": (["--data.paths", '["no/such/*.txt"]'], "run `newcompute prepare` first"),
+    "no tokenizer file": (
+        ["--tokenizer.kind", "tiktoken", "--tokenizer.path", "no/tokenizer.model"],
+        "cannot read the tiktoken file no/tokenizer.model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_ends_with_exit_code_2_and_a_message(name, tmp_path, text_corpus):
+    flags, message = BAD_INPUTS[name]
+    done = run_python("train/main.py", *tiny_flags(tmp_path, text_corpus), *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists(), "a run that cannot start leaves no folder"
+
+
+def test_two_processes_say_it_once(tmp_path, text_corpus):
+    flags = tiny_flags(tmp_path, text_corpus, training__global_batch_size=7)
+    done = run_python("train/main.py", *flags, processes=2, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("not a multiple of 2 data-parallel processes; the nearest that is: 8") == 1
+
+
+def test_empty_text_file_is_named(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(["prepare", "--data.dir", str(tmp_path / "data"), "--tokenizer.kind", "bytes", "--data.source", "files",
+              "--data.paths", f'["{tmp_path}/*.txt"]'])  # fmt: skip
+    assert stopped.value.code == 2
+    assert f"there is no text to train on in {tmp_path / 'empty.txt'}" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""Checkpoints under kills, full disks and wrong owners."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, losses, read_metrics, tiny_flags
+
+from train.checkpoint import checkpoint_names, committed_steps, find_checkpoint, read_tensors
+from train.job import JobError
+
+
+def test_latest_checkpoints_are_kept(run_here, tmp_path):
+    run_here(checkpoint__keep=2)
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [15, 20]
+
+
+def test_folders_without_a_marker_do_not_count_and_are_removed(run_here, tmp_path):
+    run_here(training__stop_after=10)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000010" / "commit.json").rename(folder / "lost.json")
+    assert list(committed_steps(folder)) == [5]
+    assert find_checkpoint(folder, "auto") == folder / "step-00000005"
+    rows = run_here()
+    assert [step for step, _ in losses(rows)][-1] == 20
+    assert (folder / "step-00000010" / "commit.json").exists(), "step 10 was computed and saved again"
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(run_here):
+    run_here(training__stop_after=10)
+    with pytest.raises(
+        JobError, match=r"checkpoint.resume = 7: there is no such step; complete steps in .*: 5, 10"
+    ) as no:
+        run_here(checkpoint__resume=7)
+    assert no.value.code == 2
+
+
+def test_starting_anew_over_checkpoints_is_refused(run_here):
+    run_here(training__stop_after=5)
+    with pytest.raises(JobError, match="would overwrite this run"):
+        run_here(checkpoint__resume="none")
+
+
+def test_another_models_checkpoint_is_refused(run_here, tmp_path):
+    run_here("one", training__stop_after=5)
+    with pytest.raises(JobError, match=r"checkpoint of another model: num_layers 2 \(this run: 3\)"):
+        run_here("two", model__shape__num_layers=3, checkpoint__resume=str(tmp_path / "one"))
+
+
+def test_another_configuration_in_the_run_folder_is_refused(run_here):
+    run_here(training__stop_after=5)
+    with pytest.raises(JobError, match=r"optimizer.lr: 0.003 there, 0.5 now") as no:
+        run_here(optimizer__lr=0.5)
+    assert no.value.code == 2
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(run_here, tmp_path):
+    run_here("one", training__stop_after=5, model__shape__vocab_size=300)
+    with pytest.raises(JobError, match="was trained with another tokenizer"):
+        run_here(
+            "two",
+            tokenizer__kind="bpe",
+            tokenizer__vocab_size=300,
+            model__shape__vocab_size=300,
+            checkpoint__resume=str(tmp_path / "one"),
+        )
+
+
+def test_a_disk_that_is_full_while_saving_ends_the_run_clearly_and_loses_nothing(run_here, tmp_path, monkeypatch):
+    straight = run_here("straight")
+    run_here(training__stop_after=10)
+    import errno
+
+    fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "step-00000015" in path:
+            calls.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        JobError, match=r"(?s)could not save step 15.*No space left on device.*last complete one is step 10"
+    ) as no:
+        run_here()
+    assert no.value.code == 4
+    assert calls, "the simulated full disk was never met"
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 10]
+    monkeypatch.setattr(os, "fsync", fsync)
+    rows = run_here()
+    assert [row for row in losses(rows) if row in losses(straight)] == losses(straight)
+
+
+def test_damaged_files_are_named(run_here, tmp_path):
+    run_here(training__stop_after=5)
+    for file in (tmp_path / "run" / "checkpoints" / "step-00000005").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(JobError, match=r"could not load .*step-00000005") as no:
+        run_here()
+    assert no.value.code == 4
+
+
+def test_names_are_plain_whatever_wraps_the_model(run_here, tmp_path):
+    run_here(
+        training__steps=1,
+        schedule__warmup_steps=0,
+        compile__enabled="true",
+        compile__backend="aot_eager",
+        activation_checkpointing__mode="selective",
+    )
+    names = set(checkpoint_names(tmp_path / "run" / "checkpoints" / "step-00000001"))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hf = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=257))
+    assert names == set(hf.state_dict())
+
+
+def killed_settings(kills: int) -> dict:
+    return {"training__steps": 30 * kills, "metrics__log_interval": 5, "validation__interval": 30}
+
+
+def kill_and_resume(tmp_path: Path, corpus: Path, kills: int, seed: int) -> None:
+    """Kill a run `kills` times, every other time in the middle of a save; what is committed must always be whole."""
+    generator = random.Random(seed)
+    flags = tiny_flags(tmp_path, corpus, "killed", **killed_settings(kills), checkpoint__interval=2, checkpoint__keep=3)
+    folder = tmp_path / "killed" / "checkpoints"
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    latest = -1
+    for kill in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "train/main.py", *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+        begin = len(committed_steps(folder))
+        target = latest + 2 * generator.randint(1, 3)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = committed_steps(folder)
+            torn = [path for path in folder.glob("step-*") if not (path / "commit.json").exists()]
+            if steps and max(steps) >= target and (torn or kill % 2):
+                break
+            time.sleep(0.0005)
+        time.sleep(generator.random() * 0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        steps = committed_steps(folder)
+        assert len(steps) >= min(begin, 1), "a committed checkpoint was lost"
+        assert max(steps, default=-1) >= latest, "the run went back behind a committed step"
+        latest = max(steps, default=-1)
+        for path in steps.values():
+            read_tensors(path, checkpoint_names(path))
+    done = subprocess.run(
+        [sys.executable, "train/main.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {folder / f'step-{latest:08d}'}" in done.stdout
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_from_a_complete_step(run_here, tmp_path, text_corpus, kills):
+    straight = run_here("straight", **killed_settings(kills), checkpoint__interval=0)
+    kill_and_resume(tmp_path, text_corpus, kills, seed=kills)
+    assert losses(read_metrics(tmp_path / "killed")) == losses(straight)

@@ -1,0 +1,143 @@
+"""Exported folders against transformers, the published model, and lm-eval without this project."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.llama import Llama
+from train.export import export, open_trained
+
+
+@pytest.fixture
+def trained(run_here, tmp_path) -> Path:
+    """A run of ten steps with a vocabulary that is padded inside (257 -> 384)."""
+    run_here(training__stop_after=10, model__shape__head_dim=16)
+    return tmp_path / "run"
+
+
+def our_logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of our own model on a run's weights."""
+    opened = open_trained(run)
+    model = Llama(opened.shape, tokens.shape[1])
+    state = opened.state_dict()
+    for name, parameter in model.named_parameters():
+        parameter.data[: len(state[name])] = state[name]
+    return model(tokens)
+
+
+def test_transformers_gives_our_logits_and_our_ids(trained, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export(open_trained(trained), tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.randint(0, 257, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model.config.vocab_size == 257
+        torch.testing.assert_close(model(tokens).logits, our_logits(trained, tokens), atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "héllo <|begin_of_text|>\n"
+    assert tokenizer(text)["input_ids"] == [256, *text.encode()]
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_mode & 0o077 == 0o666 & ~_umask() & 0o077
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_import_of_an_export_has_identical_weights(trained, run_here, tmp_path):
+    export(open_trained(trained), tmp_path / "hf")
+    shape = {f"model__shape__{key}": None for key in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")}
+    run_here("again", model__init_from=f"hf:{tmp_path / 'hf'}", optimizer__lr=1e-30, training__steps=1,
+             schedule__warmup_steps=0, optimizer__weight_decay=0.0, **shape)  # fmt: skip
+    export(open_trained(tmp_path / "again"), tmp_path / "hf2")
+    first, second = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "hf2" / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_large_model_is_written_in_several_files(trained, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    import train.export as module
+
+    export(open_trained(trained), tmp_path / "one")
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    export(open_trained(trained), tmp_path / "many")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    many = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_an_export_replaces_an_export_but_nothing_else(trained, tmp_path):
+    out = tmp_path / "hf"
+    export(open_trained(trained), out)
+    export(open_trained(trained, step=5), out, dtype="bfloat16")
+    assert json.loads((out / "newcompute.json").read_text())["step"] == 5
+    assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and was not written by"):
+        export(open_trained(trained), tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_stock_lm_eval_runs_on_the_folder_without_this_project(trained, tmp_path):
+    from evals.held_out_task import write_task
+
+    export(open_trained(trained), tmp_path / "hf")
+    write_task(trained, tmp_path / "task", limit=3)
+    block = (
+        "import sys, runpy\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'train', 'models', 'parallel', 'transforms', 'evals', 'launch'}:\n"
+        "            raise ImportError('this project is not installed here: ' + name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "runpy.run_module('lm_eval', run_name='__main__')\n"
+    )
+    arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'hf'},dtype=float32", "--device", "cpu"]
+    arguments += [
+        "--tasks",
+        "held_out",
+        "--include_path",
+        str(tmp_path / "task"),
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", block, *arguments], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (report,) = (tmp_path / "out").rglob("results*.json")
+    bits = json.loads(report.read_text())["results"]["held_out"]["bits_per_byte,none"]
+    # The same text by hand: every document behind BOS, in windows of the context.
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    nats = total = 0
+    for line in (tmp_path / "task" / "held_out.jsonl").read_text().splitlines():
+        data = json.loads(line)["text"].encode()
+        ids = torch.tensor([256, *data])
+        for start in range(0, len(data), 64):
+            window = ids[start : start + 65] if start + 65 <= len(ids) else ids[-65:]
+            new = min(64, len(data) - start)
+            with torch.no_grad():
+                losses = torch.nn.functional.cross_entropy(
+                    model(window[None, :-1]).logits[0], window[1:], reduction="none"
+                )
+            nats += losses[-new:].sum().item()
+        total += len(data)
+    assert bits == pytest.approx(nats / total / 0.6931471805599453, rel=1e-4)

@@ -1,0 +1,193 @@
+"""The loop against a plain PyTorch one, and against itself cut in pieces or spread over processes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import losses, read_metrics, run_python, tiny_flags
+
+from models.llama import Llama
+from parallel.init import init_weights
+from train.config import named_shape
+from train.config_sources import load_config
+from train.data import open_data
+from train.prepare import run_tokenizer
+
+
+def plain_training(flags: list[str]) -> list[float]:
+    """The same training written down independently: no FSDP, no micro-batches, torch's own schedule arithmetic."""
+    config = load_config([], flags)
+    tokenizer = run_tokenizer(config)
+    rows, _ = open_data(config, tokenizer, tokenizer.vocab_size)
+    model = Llama(named_shape(config.model, tokenizer.vocab_size), config.training.sequence_length)
+    init_weights(model, config.run.seed)
+    no_decay = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    decay = [p for n, p in model.named_parameters() if not (p.ndim < 2 or "embed" in n)]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    batch, length = config.training.global_batch_size, config.training.sequence_length
+    found = []
+    for step in range(20):
+        warm = min(1.0, (step + 1) / 4)
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0, step - 3) / 16))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (warm if step < 4 else cosine)
+        tokens = np.zeros((batch, length + 1), np.int64)
+        for k in range(batch):
+            rows.read(step * batch + k, tokens[k])
+        x = torch.from_numpy(tokens)
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+def test_losses_equal_a_plain_pytorch_loop(run_here, tmp_path, text_corpus):
+    ours = [row["loss"] for row in run_here() if "loss" in row]
+    plain = plain_training(tiny_flags(tmp_path, text_corpus))
+    assert ours[-1] < ours[0] - 0.5, "the model must learn, or the comparison says nothing"
+    assert ours == pytest.approx(plain, abs=2e-5)
+
+
+def test_metrics_rows_carry_the_documented_keys(run_here):
+    rows = run_here(training__steps=10)
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 11))
+    expected = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "data_wait", "memory_gib"}
+    assert expected <= training[0].keys()
+    assert training[-1]["tokens"] == 10 * 8 * 64
+    assert training[0]["mfu"] is None, "no peak is known for a CPU"
+    validation = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in validation] == [10]
+    row = validation[0]
+    assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+    # One BOS in front of the held-out text, else one byte per token.
+    assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("stops", [(10,), (5, 12)], ids=["one resume", "two resumes"])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, stops):
+    straight = run_here("straight", checkpoint__interval=1)
+    for stop in stops:
+        run_here("pieces", training__stop_after=stop, checkpoint__interval=1)
+    pieces = run_here("pieces", checkpoint__interval=1)
+    # A piece that ends validates once more; those rows are no part of the comparison.
+    assert [x for x in losses(pieces) if x in losses(straight)] == losses(straight)
+    assert {step for step, _ in losses(pieces)} == set(range(1, 21))
+
+
+def test_resume_from_an_earlier_step_cuts_the_metrics_and_keeps_the_later_checkpoints_aside(run_here, tmp_path):
+    straight = run_here()
+    again = run_here(checkpoint__resume=10)
+    assert losses(again) == losses(straight)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "step-00000015.superseded" in names
+    assert "step-00000020" in names
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__micro_batch_size": 2},
+        {"activation_checkpointing__mode": "full"},
+        {"activation_checkpointing__mode": "selective"},
+        {"compile__enabled": "true", "compile__backend": "aot_eager"},
+        {"compile__enabled": "true", "compile__backend": "aot_eager", "activation_checkpointing__mode": "selective"},
+        {"model__shape__tied_embeddings": "true", "parallel__reshard_after_forward": "true"},
+    ],
+    ids=lambda changes: ",".join(str(value) for value in changes.values()),
+)
+def test_how_a_step_is_computed_does_not_change_it(run_here, changes):
+    same = {key: value for key, value in changes.items() if key.startswith("model")}
+    reference = [row["loss"] for row in run_here("reference", training__steps=8, **same) if "loss" in row]
+    changed = [row["loss"] for row in run_here("changed", training__steps=8, **changes) if "loss" in row]
+    assert changed == pytest.approx(reference, abs=2e-5)
+
+
+def test_inductor_gives_the_eager_losses(run_here):
+    eager = [row["loss"] for row in run_here("eager", training__steps=5) if "loss" in row]
+    compiled = [
+        row["loss"] for row in run_here("compiled", training__steps=5, compile__enabled="true") if "loss" in row
+    ]
+    assert compiled == pytest.approx(eager, abs=2e-5)
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["replicate 2", "shard 2"])
+def test_two_processes_equal_one(run_here, tmp_path, text_corpus, layout):
+    one = run_here("one", training__micro_batch_size=2)
+    replicate, shard = layout
+    changes = {"parallel__replicate": replicate, "parallel__shard": shard, "training__micro_batch_size": 2}
+    flags = tiny_flags(tmp_path, text_corpus, "two", **changes)
+    run_python("train/main.py", *flags, processes=2)
+    two = read_metrics(tmp_path / "two")
+    assert [step for step, _ in losses(two)] == [step for step, _ in losses(one)]
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], abs=1e-5)
+    assert [r["grad_norm"] for r in two if "loss" in r] == pytest.approx(
+        [r["grad_norm"] for r in one if "loss" in r], rel=1e-3
+    )
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one(run_here, tmp_path, text_corpus):
+    straight = run_here("straight")
+    flags = tiny_flags(
+        tmp_path, text_corpus, "moved", parallel__replicate=1, parallel__shard=2, training__stop_after=10
+    )
+    run_python("train/main.py", *flags, processes=2)
+    moved = run_here("moved")
+    assert [loss for _, loss in losses(moved)] == pytest.approx([loss for _, loss in losses(straight)], abs=1e-5)
+
+
+def test_weights_of_two_processes_start_bit_identical(tmp_path):
+    script = tmp_path / "init.py"
+    script.write_text(
+        "import sys, torch\n"
+        "sys.path.insert(0, '.')\n"
+        "from train.config_sources import load_config\n"
+        "from train.trainer import build_model\n"
+        "from parallel import mesh as meshes\n"
+        "from parallel.init import init_weights\n"
+        "from train.config import named_shape\n"
+        "out, replicate, shard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
+        "config = load_config([], ['--run.device', 'cpu', '--compile.enabled', 'false', '--model.shape.num_heads', '3',\n"
+        "    '--model.shape.num_kv_heads', '1', '--model.shape.dim', '33', '--model.shape.head_dim', '10'])\n"
+        "mesh = meshes.start('cpu', replicate, shard)\n"
+        "model = build_model(config, mesh, named_shape(config.model, 301))\n"
+        "init_weights(model, 5)\n"
+        "full = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}\n"
+        "if mesh.is_main: torch.save(full, out)\n"
+    )
+    run_python(str(script), str(tmp_path / "one.pt"), "1", "1")
+    run_python(str(script), str(tmp_path / "two.pt"), "1", "2", processes=2)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_non_finite_state_stops_the_run_and_is_never_saved(run_here, tmp_path):
+    from train.job import JobError
+
+    run_here(training__stop_after=10)
+    with pytest.raises(JobError) as stopped:
+        run_here(
+            "bad", optimizer__lr=1e30, schedule__warmup_steps=0, metrics__log_interval=1000, checkpoint__interval=3
+        )
+    assert stopped.value.code == 3
+    assert "not finite" in str(stopped.value)
+    assert "Last good checkpoint: none" in str(stopped.value)
+    assert not list((tmp_path / "bad").glob("checkpoints/*/commit.json"))
+
+
+def test_weights_that_overflow_in_the_last_update_are_not_saved(run_here, tmp_path):
+    from train.job import JobError
+
+    with pytest.raises(JobError, match="a weight or optimizer moment after step 1 is not finite"):
+        run_here(optimizer__lr=1e39, schedule__warmup_steps=0, training__steps=1)
+    assert not list((tmp_path / "run").glob("checkpoints/*/commit.json"))

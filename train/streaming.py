@@ -1,0 +1,353 @@
+"""Direct streaming (`data.streaming`): documents are read and tokenised while training, and nothing is prepared.
+
+A corpus is a list of shards: local files, or the files behind a Hub dataset. Each epoch permutes them; a rank reads
+some alone, and those that the division leaves over are shared out document by document: each document goes to one rank.
+Rows are cut from its tokens as in `train/data.py` and shuffled in windows. What is held out is decided by a hash of the
+text (of a text file: its end), which no rank, order or repetition can change.
+
+The price: a place in this stream is that of one rank among so many. A run resumes on as many processes as before, and
+first reads its window again, and the shard up to it. A place is a count of documents, because the means of `datasets`
+fail in one release or another: `state_dict()` starts over at a second resume in 5.0.0, `skip` repeats documents in 4.8.5,
+a shuffle buffer is lost, and `set_epoch` permutes what it did not before. All of them read the shard from its start, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import glob
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from train.config import Config, SourceConfig
+from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
+from train.data import CorpusRows, HeldOut
+from train.prepare import run_tokenizer
+from train.tokenizer import Tokenizer
+
+# What is encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume.
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
+# Documents among which held-out ones are looked for: a large batch would otherwise read millions before step 1.
+HELD_OUT_SEARCH, HELD_OUT_BATCHES = 200_000, 20
+
+State = dict[str, Any]
+Row = tuple[State, np.ndarray]
+START: State = {"epoch": 0, "shard": 0, "num_read": 0, "num_training": 0}
+"""A rank's first place: which of the epoch's shards, and how many of its documents have been read, and trained on."""
+
+
+class Shards:
+    """The numbered shards of a source. It travels to the worker process, which thus reads the very same files.
+
+    Raises:
+        DataError: a glob matches nothing, the Hub cannot be reached, or the number of documents is limited.
+    """
+
+    def __init__(self, source: SourceConfig):
+        if source.max_documents:
+            raise DataError("data.max_documents: streaming ends with training.steps; leave it out, or prepare the data")
+        self.source = source
+        self.fraction = 0.0 if source.validation_paths else source.validation_fraction
+        self.dataset = hub_dataset(source) if source.source == "hub" else None
+        self.files = [] if self.dataset is not None else input_files(source.model_copy(update={"validation_paths": []}))
+        self.count = self.dataset.num_shards if self.dataset is not None else len(self.files)
+
+    def identity(self) -> list[Any]:
+        """What makes it this corpus and no other; where local files lie does not matter."""
+        content = self.source.model_dump(exclude={"weight", "paths", "validation_paths"})
+        return [content, self.fraction, self.count, [(path.name, path.stat().st_size) for path in self.files]]
+
+    def read(self, index: int, skip: int = 0) -> Iterator[Document]:
+        """The documents of one shard after its first `skip`."""
+        if self.dataset is None:
+            return self._local(self.files[index], skip)
+        return self._hub(self.dataset.shard(num_shards=self.count, index=index), skip)
+
+    def _local(self, path: Path, skip: int) -> Iterator[Document]:
+        # A text file is one document, the end of which is held out; of records, whole ones are.
+        is_text = not {".jsonl", ".json", ".parquet"} & set(path.suffixes)
+        update = {"paths": [glob.escape(str(path))], "validation_paths": []}
+        update["validation_fraction"] = self.fraction if is_text else 0.0
+        for document in documents(self.source.model_copy(update=update), skip):
+            yield document if is_text else self._record(document.text)
+
+    def _hub(self, dataset: Any, skip: int) -> Iterator[Document]:
+        column = self.source.column
+        for record in islice(dataset, skip, None):
+            if column not in record:
+                raise DataError(f"{self.source.dataset} has no column {column!r}; it has {', '.join(record)}")
+            yield self._record(record[column] or "")
+
+    def _record(self, text: str) -> Document:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return Document(text, is_held_out(digest, self.fraction))
+
+    def held_out_texts(self) -> Iterator[str]:
+        """The held-out documents: those of `validation_paths`, or those found at the beginning of the corpus."""
+        if self.source.validation_paths:
+            yield from (document.text for document in documents(self.source.model_copy(update={"paths": []})))
+        num_read = 0
+        for index in range(self.count if self.fraction else 0):
+            for document in self.read(index):
+                num_read += 1
+                if num_read > HELD_OUT_SEARCH:
+                    return
+                if document.held_out and document.text:
+                    yield document.text
+
+
+class TrainingTexts:
+    """The training documents of one rank, epoch after epoch, from a place such as `START` on."""
+
+    def __init__(self, shards: Shards, rank: int, size: int, seed: int, place: State):
+        self.shards, self.rank, self.size, self.seed, self._at = shards, rank, size, seed, dict(place)
+
+    def batches(self) -> Iterator[tuple[State, list[str]]]:
+        """Lists to encode at once, each with the place before it; an empty one ends an epoch.
+
+        Where a list ends is a matter of counts, never of time: from its place the same list comes again.
+        """
+        while True:
+            batch, characters, place = [], 0, dict(self._at)
+            for text in self._epoch():
+                batch.append(text)
+                characters += len(text)
+                if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                    yield place, batch
+                    batch, characters, place = [], 0, dict(self._at)
+            if batch:
+                yield place, batch
+            yield place, []
+            self._at = {**START, "epoch": self._at["epoch"] + 1}
+
+    def _epoch(self) -> Iterator[str]:
+        at = self._at
+        for index, shared in self._order(at["epoch"])[at["shard"] :]:
+            for document in self.shards.read(index, at["num_read"]):
+                at["num_read"] += 1
+                if document.held_out or not document.text:
+                    continue
+                at["num_training"] += 1
+                # Counted on from the shard's number, so that files of one document each do not all go to one rank.
+                if not shared or (index + at["num_training"]) % self.size == self.rank:
+                    yield document.text
+            at.update(shard=at["shard"] + 1, num_read=0, num_training=0)
+
+    def _order(self, epoch: int) -> list[tuple[int, bool]]:
+        """This rank's shards of an epoch, each with whether all ranks share it."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.shards.count).tolist()
+        alone = len(order) - len(order) % self.size
+        return [(i, False) for i in order[self.rank : alone : self.size]] + [(i, True) for i in order[alone:]]
+
+
+class _Batches(IterableDataset):
+    """What the worker runs: endless (rows, T + 1) uint32 batches. Its state is the place after the last one given."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, shards: Shards, rank: int, size: int):
+        self.config, self.shards, self.rank, self.size = config, shards, rank, size
+        self.tokenizer: Tokenizer | None = tokenizer
+        self._state: State = {"start": {"place": START, "carry": "", "skip": 0}, "window": 0, "given": 0}
+
+    def __getstate__(self) -> State:
+        # The worker opens its own tokenizer: a pickled `tokenizers.Tokenizer` forgets `encode_special_tokens`, and the
+        # spelling of a special token in a document would become that token.
+        return {**self.__dict__, "tokenizer": None}
+
+    def state_dict(self) -> State:
+        return self._state
+
+    def load_state_dict(self, state: State) -> None:
+        self._state = state
+
+    def __iter__(self) -> Iterator[np.ndarray | DataError]:
+        rows, count = self._shuffled(), self.config.training.global_batch_size // self.size
+        try:
+            while True:
+                yield np.stack([next(rows) for _ in range(count)])
+        except DataError as error:
+            yield error  # handed over as an item: raised here, its message would arrive as a traceback
+
+    def _shuffled(self) -> Iterator[np.ndarray]:
+        number, given = self._state["window"], self._state["given"]
+        windows = self._windows(self._rows(**self._state["start"]))
+        window = next(filter(None, windows))
+        while True:
+            (start, rows), following = window, None
+            order = np.random.default_rng([self.config.run.seed, self.rank, number]).permutation(len(rows))
+            for k, row in enumerate(order, start=1):
+                # One row in for one row out: training never waits for a whole window to be tokenised.
+                following = following or next(windows)
+                if k > given:
+                    self._state = {"start": start, "window": number, "given": k}
+                    yield rows[row]
+            window, number, given = following or next(filter(None, windows)), number + 1, 0
+
+    def _windows(self, rows: Iterator[Row | None]) -> Iterator[tuple[State, list[np.ndarray]] | None]:
+        """`shuffle_window` rows of one epoch, at its end fewer, with the first one's start; None after other rows."""
+        start, window = {}, []
+        for item in rows:
+            if item is not None:
+                start = start or item[0]
+                window.append(item[1])
+            if window and (item is None or len(window) == self.config.data.shuffle_window):
+                yield start, window
+                start, window = {}, []
+            else:
+                yield None
+
+    def _rows(self, place: State, carry: str, skip: int) -> Iterator[Row | None]:
+        """Rows in the order of the stream, each with the arguments that start at it; None at the end of an epoch.
+
+        Args:
+            place: before the next documents to encode.
+            carry: tokens that precede theirs, base64 of uint32.
+            skip: rows to leave out.
+        """
+        tokenizer, length = self.tokenizer or run_tokenizer(self.config), self.config.training.sequence_length
+        bos, rest = np.array([tokenizer.bos_id], np.uint32), np.frombuffer(base64.b64decode(carry), np.uint32)
+        num_tokens, whole_epoch = 0, place == {**START, "epoch": place["epoch"]}
+        for before, texts in TrainingTexts(self.shards, self.rank, self.size, self.config.run.seed, place).batches():
+            if not texts:
+                if whole_epoch and num_tokens <= length:
+                    raise DataError(
+                        f"the training text of process {self.rank} (of {self.size}) has {num_tokens} tokens, less than "
+                        f"one row of training.sequence_length + 1 = {length + 1}: take more text or fewer processes"
+                    )
+                num_tokens, whole_epoch = 0, True
+                yield None
+                continue
+            tokens = np.concatenate([rest, *(part for ids in tokenizer.encode_batch(texts) for part in (bos, ids))])
+            num_tokens += len(tokens) - len(rest)
+            start, count = base64.b64encode(rest.tobytes()).decode(), (len(tokens) - 1) // length
+            for k in range(skip, count):
+                yield {"place": before, "carry": start, "skip": k}, tokens[k * length : (k + 1) * length + 1]
+            rest, skip = tokens[count * length :].copy(), 0
+
+
+class StreamBatches:
+    """This rank's rows of every step, made by a worker process; used as `train.data.RowBatches` is.
+
+    Iterating gives (rows, T + 1) int64 tensors, pinned if `pin`. `waited` sums the seconds the consumer stood still.
+
+    Args:
+        state: from `read_state`, to go on from there; `step` is then the step reached.
+        num_workers: 1, or 0 to tokenise in this process. A state belongs to its number of workers (torchdata).
+
+    Raises:
+        DataError: the text cannot be read, or the state is of another stream.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        rank: int,
+        size: int,
+        pin: bool,
+        state: State | None = None,
+        num_workers: int = 1,
+    ):
+        self.pin, self.step, self.waited = pin, 0, 0.0
+        shards, training = Shards(config.data.all_sources[0]), config.training
+        stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
+        fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
+        self.identity = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
+        # Spawned, since a fork would copy the locks of the process group's and CUDA's threads.
+        context, batches = "spawn" if num_workers else None, _Batches(config, tokenizer, shards, rank, size)
+        self._loader = StatefulDataLoader(
+            batches, batch_size=None, num_workers=num_workers, multiprocessing_context=context
+        )
+        if state is not None:
+            self._go_on(state)
+
+    def _go_on(self, state: State) -> None:
+        if state["size"] != self.identity["size"]:
+            raise DataError(
+                f"the checkpoint was streamed by {state['size']} processes, this run has {self.identity['size']}: "
+                f"resume with {state['size']} processes, or prepare the data: prepared shards resume on any number"
+            )
+        if any(state[key] != value for key, value in self.identity.items()):
+            raise DataError(
+                "the checkpoint was trained on another stream: text, tokenizer, run.seed, data.shuffle_window, "
+                "training.sequence_length or training.global_batch_size differ"
+            )
+        self.step = state["step"]
+        self._loader.load_state_dict(state["loader"])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = iter(self._loader)
+        while True:
+            start = time.perf_counter()
+            item = next(batches)
+            if isinstance(item, DataError):
+                raise item
+            rows = item.to(torch.int64)
+            rows = rows.pin_memory() if self.pin else rows
+            self.waited += time.perf_counter() - start
+            self.step += 1
+            yield rows
+
+    def state(self) -> State:
+        """This rank's place after the batches that were handed out; JSON-serialisable."""
+        return {**self.identity, "step": self.step, "loader": self._loader.state_dict()}
+
+    def close(self) -> None:
+        self._loader = None  # with the last reference to the loader its worker ends
+
+
+def write_state(folder: Path, rank: int, state: State) -> None:
+    """Write one rank's state into a checkpoint that is not committed yet."""
+    (folder / f"stream-rank-{rank:05d}.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def read_state(folder: Path, rank: int) -> State:
+    """One rank's state out of a checkpoint; with more ranks than wrote it, rank 0's, which `StreamBatches` refuses.
+
+    Raises:
+        DataError: the checkpoint was not streamed.
+    """
+    for path in (folder / f"stream-rank-{rank:05d}.json", folder / "stream-rank-00000.json"):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise DataError(f"{folder} was not streamed: resume it with data.streaming = false")
+
+
+class _TokensInMemory(np.ndarray):
+    """What `CorpusRows` reads from."""
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        out[:] = self[start : start + len(out)]
+
+
+def stream_held_out(config: Config, tokenizer: Tokenizer, max_rows: int | None = None) -> HeldOut | None:
+    """The first held-out rows of the corpus, in memory; None where there is not a single one.
+
+    Args:
+        max_rows: default `validation.steps` (or 20) global batches.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    length = config.training.sequence_length
+    limit = max_rows or (config.validation.steps or HELD_OUT_BATCHES) * config.training.global_batch_size
+    parts, num_tokens, num_bytes = [], 0, 0
+    for text in Shards(config.data.all_sources[0]).held_out_texts():
+        parts += [np.array([tokenizer.bos_id], np.uint32), *tokenizer.encode_batch([text])]
+        num_tokens += 1 + len(parts[-1])
+        num_bytes += len(text.encode("utf-8", "replace"))
+        if num_tokens > limit * length:
+            break
+    if num_tokens <= length:
+        return None
+    tokens = np.concatenate(parts)[: limit * length + 1].view(_TokensInMemory)
+    return HeldOut([CorpusRows(tokens, length, ())], num_tokens / num_bytes)
