@@ -49,8 +49,8 @@ class Mesh:
         return box[0]
 
 
-def choose_device(requested: str, local_rank: int) -> torch.device:
-    """The device of this process.
+def choose_device(requested: str) -> torch.device:
+    """The device of this process, its own GPU by its rank on this node.
 
     Raises:
         ValueError: a GPU is asked for where there is none, or there are fewer than processes.
@@ -62,16 +62,16 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         raise ValueError(
             'run.device = "cuda", but PyTorch sees no CUDA GPU here: use "auto" or "cpu", or install a CUDA build'
         )
-    if local_rank >= available:
-        raise ValueError(f"process {local_rank} of this node has no GPU of its own: PyTorch sees {available}")
-    return torch.device("cuda", local_rank)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > available:
+        raise ValueError(f"{processes} processes on this node, but PyTorch sees {available} GPUs: start one per GPU")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def start(requested_device: str, replicate: int, shard: int) -> Mesh:
     """Join the process group (of one process without torchrun) and build the meshes; degrees must fit the world size."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(requested_device, local_rank)
+    device = choose_device(requested_device)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

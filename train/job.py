@@ -45,7 +45,7 @@ def run_job(config: Config) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
     try:
-        meshes.choose_device(config.run.device, int(os.environ.get("LOCAL_RANK", 0)))
+        meshes.choose_device(config.run.device)
         if rank == 0:
             _check_before_start(config, folder)
         mesh = meshes.start(

@@ -15,9 +15,6 @@ sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str
 
 from train.config_sources import ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
 
-EXIT_FAILED = 1
-EXIT_NON_FINITE = 3
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, refuse what cannot work before anything starts, then run the job."""
@@ -39,7 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run_job(config)
     except JobError as error:
-        if not is_main:
+        # Once per node: a node's own trouble (too few GPUs, say) is unknown to the main process.
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
             raise SystemExit(error.code) from None
         exit_with(error, error.code)
 

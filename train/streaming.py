@@ -6,14 +6,13 @@ Rows are cut from its tokens as in `train/data.py` and shuffled in windows. What
 text (of a text file: its end), which no rank, order or repetition can change.
 
 The price: a place in this stream is that of one rank among so many. A run resumes on as many processes as before, and
-first reads its window again, and the shard up to it. A place is a count of documents, because the means of `datasets`
-fail in one release or another: `state_dict()` starts over at a second resume in 5.0.0, `skip` repeats documents in 4.8.5,
-a shuffle buffer is lost, and `set_epoch` permutes what it did not before. All of them read the shard from its start, too.
+first reads its window again, and the shard up to it. A place is a count of documents: of the means of `datasets`,
+`state_dict()` starts over at a second resume in 5.0.0, `skip` repeats documents in 4.8.5, a shuffle buffer is lost on
+resume, and what `set_epoch` permutes depends on the release; they read the shard from its beginning, too.
 """
 
 from __future__ import annotations
 
-import base64
 import glob
 import hashlib
 import json
@@ -35,15 +34,15 @@ from train.data import CorpusRows, HeldOut
 from train.prepare import run_tokenizer
 from train.tokenizer import Tokenizer
 
-# What is encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume.
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
-# Documents among which held-out ones are looked for: a large batch would otherwise read millions before step 1.
-HELD_OUT_SEARCH, HELD_OUT_BATCHES = 200_000, 20
+BATCH_DOCUMENTS = 64  # encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume
+HELD_OUT_SEARCH = 200_000  # documents among which held-out ones are looked for: a bound on what is read before step 1
+HELD_OUT_BATCHES = 20
 
 State = dict[str, Any]
-Row = tuple[State, np.ndarray]
 START: State = {"epoch": 0, "shard": 0, "num_read": 0, "num_training": 0}
 """A rank's first place: which of the epoch's shards, and how many of its documents have been read, and trained on."""
+BEGINNING: State = {"place": START, "carry": [], "num_tokens": 0, "skip": 0}
+"""Arguments of `_Batches._rows` for the first row."""
 
 
 class Shards:
@@ -70,23 +69,21 @@ class Shards:
     def read(self, index: int, skip: int = 0) -> Iterator[Document]:
         """The documents of one shard after its first `skip`."""
         if self.dataset is None:
-            return self._local(self.files[index], skip)
-        return self._hub(self.dataset.shard(num_shards=self.count, index=index), skip)
-
-    def _local(self, path: Path, skip: int) -> Iterator[Document]:
-        # A text file is one document, the end of which is held out; of records, whole ones are.
-        is_text = not {".jsonl", ".json", ".parquet"} & set(path.suffixes)
-        update = {"paths": [glob.escape(str(path))], "validation_paths": []}
-        update["validation_fraction"] = self.fraction if is_text else 0.0
-        for document in documents(self.source.model_copy(update=update), skip):
-            yield document if is_text else self._record(document.text)
-
-    def _hub(self, dataset: Any, skip: int) -> Iterator[Document]:
-        column = self.source.column
-        for record in islice(dataset, skip, None):
+            yield from self._local(self.files[index], skip)
+            return
+        column, shard = self.source.column, self.dataset.shard(num_shards=self.count, index=index)
+        for record in islice(shard, skip, None):
             if column not in record:
                 raise DataError(f"{self.source.dataset} has no column {column!r}; it has {', '.join(record)}")
             yield self._record(record[column] or "")
+
+    def _local(self, path: Path, skip: int) -> Iterator[Document]:
+        # A text file is one document, the end of which is held out; of records, whole ones are.
+        is_text = Path(path.name.removesuffix(".gz")).suffix not in (".jsonl", ".json", ".parquet")
+        fraction = self.fraction if is_text else 0.0
+        only = {"paths": [glob.escape(str(path))], "validation_paths": [], "validation_fraction": fraction}
+        for document in documents(self.source.model_copy(update=only), skip):
+            yield document if is_text else self._record(document.text)
 
     def _record(self, text: str) -> Document:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -96,14 +93,10 @@ class Shards:
         """The held-out documents: those of `validation_paths`, or those found at the beginning of the corpus."""
         if self.source.validation_paths:
             yield from (document.text for document in documents(self.source.model_copy(update={"paths": []})))
-        num_read = 0
-        for index in range(self.count if self.fraction else 0):
-            for document in self.read(index):
-                num_read += 1
-                if num_read > HELD_OUT_SEARCH:
-                    return
-                if document.held_out and document.text:
-                    yield document.text
+        found = (document for index in range(self.count) for document in self.read(index))
+        for document in islice(found, HELD_OUT_SEARCH if self.fraction else 0):
+            if document.held_out and document.text:
+                yield document.text
 
 
 class TrainingTexts:
@@ -113,21 +106,14 @@ class TrainingTexts:
         self.shards, self.rank, self.size, self.seed, self._at = shards, rank, size, seed, dict(place)
 
     def batches(self) -> Iterator[tuple[State, list[str]]]:
-        """Lists to encode at once, each with the place before it; an empty one ends an epoch.
-
-        Where a list ends is a matter of counts, never of time: from its place the same list comes again.
-        """
+        """Texts to encode at once, each time with the place from which they come again; none at the end of an epoch."""
         while True:
-            batch, characters, place = [], 0, dict(self._at)
-            for text in self._epoch():
-                batch.append(text)
-                characters += len(text)
-                if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                    yield place, batch
-                    batch, characters, place = [], 0, dict(self._at)
-            if batch:
-                yield place, batch
-            yield place, []
+            epoch = self._epoch()
+            texts = [""]
+            while texts:
+                place = dict(self._at)
+                texts = list(islice(epoch, BATCH_DOCUMENTS))
+                yield place, texts
             self._at = {**START, "epoch": self._at["epoch"] + 1}
 
     def _epoch(self) -> Iterator[str]:
@@ -156,7 +142,8 @@ class _Batches(IterableDataset):
     def __init__(self, config: Config, tokenizer: Tokenizer, shards: Shards, rank: int, size: int):
         self.config, self.shards, self.rank, self.size = config, shards, rank, size
         self.tokenizer: Tokenizer | None = tokenizer
-        self._state: State = {"start": {"place": START, "carry": "", "skip": 0}, "window": 0, "given": 0}
+        # The place of the window being given, its number, and how many of its rows were given.
+        self._state: State = {"start": BEGINNING, "window": 0, "given": 0}
 
     def __getstate__(self) -> State:
         # The worker opens its own tokenizer: a pickled `tokenizers.Tokenizer` forgets `encode_special_tokens`, and the
@@ -179,58 +166,45 @@ class _Batches(IterableDataset):
 
     def _shuffled(self) -> Iterator[np.ndarray]:
         number, given = self._state["window"], self._state["given"]
-        windows = self._windows(self._rows(**self._state["start"]))
-        window = next(filter(None, windows))
+        source, size = self._rows(**self._state["start"]), self.config.data.shuffle_window
+        window = list(islice(source, size))
         while True:
-            (start, rows), following = window, None
-            order = np.random.default_rng([self.config.run.seed, self.rank, number]).permutation(len(rows))
-            for k, row in enumerate(order, start=1):
+            following = []
+            order = np.random.default_rng([self.config.run.seed, self.rank, number]).permutation(size)
+            for k, index in enumerate(order, start=1):
                 # One row in for one row out: training never waits for a whole window to be tokenised.
-                following = following or next(windows)
+                following.append(next(source))
                 if k > given:
-                    self._state = {"start": start, "window": number, "given": k}
-                    yield rows[row]
-            window, number, given = following or next(filter(None, windows)), number + 1, 0
+                    self._state = {"start": window[0][0], "window": number, "given": k}
+                    yield window[index][1]
+            window, number, given = following, number + 1, 0
 
-    def _windows(self, rows: Iterator[Row | None]) -> Iterator[tuple[State, list[np.ndarray]] | None]:
-        """`shuffle_window` rows of one epoch, at its end fewer, with the first one's start; None after other rows."""
-        start, window = {}, []
-        for item in rows:
-            if item is not None:
-                start = start or item[0]
-                window.append(item[1])
-            if window and (item is None or len(window) == self.config.data.shuffle_window):
-                yield start, window
-                start, window = {}, []
-            else:
-                yield None
-
-    def _rows(self, place: State, carry: str, skip: int) -> Iterator[Row | None]:
-        """Rows in the order of the stream, each with the arguments that start at it; None at the end of an epoch.
+    def _rows(self, place: State, carry: list[int], num_tokens: int, skip: int) -> Iterator[tuple[State, np.ndarray]]:
+        """Rows in the order of the stream, epoch after epoch, each with the arguments that start at it.
 
         Args:
             place: before the next documents to encode.
-            carry: tokens that precede theirs, base64 of uint32.
+            carry: tokens that precede theirs.
+            num_tokens: tokens of the epoch up to there.
             skip: rows to leave out.
         """
         tokenizer, length = self.tokenizer or run_tokenizer(self.config), self.config.training.sequence_length
-        bos, rest = np.array([tokenizer.bos_id], np.uint32), np.frombuffer(base64.b64decode(carry), np.uint32)
-        num_tokens, whole_epoch = 0, place == {**START, "epoch": place["epoch"]}
+        bos, rest = np.array([tokenizer.bos_id], np.uint32), np.array(carry, np.uint32)
         for before, texts in TrainingTexts(self.shards, self.rank, self.size, self.config.run.seed, place).batches():
             if not texts:
-                if whole_epoch and num_tokens <= length:
+                if num_tokens <= length:
                     raise DataError(
                         f"the training text of process {self.rank} (of {self.size}) has {num_tokens} tokens, less than "
                         f"one row of training.sequence_length + 1 = {length + 1}: take more text or fewer processes"
                     )
-                num_tokens, whole_epoch = 0, True
-                yield None
+                num_tokens = 0
                 continue
             tokens = np.concatenate([rest, *(part for ids in tokenizer.encode_batch(texts) for part in (bos, ids))])
+            start = {"place": before, "carry": rest.tolist(), "num_tokens": num_tokens}
             num_tokens += len(tokens) - len(rest)
-            start, count = base64.b64encode(rest.tobytes()).decode(), (len(tokens) - 1) // length
+            count = (len(tokens) - 1) // length
             for k in range(skip, count):
-                yield {"place": before, "carry": start, "skip": k}, tokens[k * length : (k + 1) * length + 1]
+                yield {**start, "skip": k}, tokens[k * length : (k + 1) * length + 1]
             rest, skip = tokens[count * length :].copy(), 0
 
 
@@ -262,9 +236,10 @@ class StreamBatches:
         stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
         fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
         self.identity = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
+        batches = _Batches(config, tokenizer, shards, rank, size)
         # Spawned, since a fork would copy the locks of the process group's and CUDA's threads.
-        context, batches = "spawn" if num_workers else None, _Batches(config, tokenizer, shards, rank, size)
-        self._loader = StatefulDataLoader(
+        context = "spawn" if num_workers else None
+        self._loader: Any = StatefulDataLoader(
             batches, batch_size=None, num_workers=num_workers, multiprocessing_context=context
         )
         if state is not None:
@@ -291,8 +266,7 @@ class StreamBatches:
             item = next(batches)
             if isinstance(item, DataError):
                 raise item
-            rows = item.to(torch.int64)
-            rows = rows.pin_memory() if self.pin else rows
+            rows = item.to(torch.int64).pin_memory() if self.pin else item.to(torch.int64)
             self.waited += time.perf_counter() - start
             self.step += 1
             yield rows
@@ -322,18 +296,15 @@ def read_state(folder: Path, rank: int) -> State:
     raise DataError(f"{folder} was not streamed: resume it with data.streaming = false")
 
 
-class _TokensInMemory(np.ndarray):
-    """What `CorpusRows` reads from."""
+class _InMemory(np.ndarray):
+    """Tokens that `CorpusRows` reads as it does a `TokenFile`."""
 
     def read(self, start: int, out: np.ndarray) -> None:
         out[:] = self[start : start + len(out)]
 
 
 def stream_held_out(config: Config, tokenizer: Tokenizer, max_rows: int | None = None) -> HeldOut | None:
-    """The first held-out rows of the corpus, in memory; None where there is not a single one.
-
-    Args:
-        max_rows: default `validation.steps` (or 20) global batches.
+    """Held-out rows, at most `max_rows` (default `validation.steps`, or 20, global batches); None if there are none.
 
     Raises:
         DataError: the text cannot be read.
@@ -349,5 +320,5 @@ def stream_held_out(config: Config, tokenizer: Tokenizer, max_rows: int | None =
             break
     if num_tokens <= length:
         return None
-    tokens = np.concatenate(parts)[: limit * length + 1].view(_TokensInMemory)
+    tokens: Any = np.concatenate(parts)[: limit * length + 1].view(_InMemory)
     return HeldOut([CorpusRows(tokens, length, ())], num_tokens / num_bytes)

@@ -1,7 +1,6 @@
 """The training loop.
 
-`Trainer` builds everything a run needs, in the order of `docs/design.md`; `Trainer.run` is the loop and `train_step` one
-step of it. Nothing between two logging steps waits for the device: losses and norms stay tensors, and whether everything
+`Trainer` builds everything a run needs; `Trainer.run` is the loop and `train_step` one step of it. Nothing between two logging steps waits for the device: losses and norms stay tensors, and whether everything
 was finite is folded into one number on the device, read when a step is logged and before a checkpoint is written.
 """
 

@@ -157,21 +157,23 @@ def test_nothing_held_out_gives_none(corpus):
 @pytest.mark.parametrize(("kind", "num_shards"), [("jsonl", 1), ("parquet", 3), ("parquet", 4), ("hub", 3)])
 def test_ranks_see_disjoint_documents_and_together_all(corpus, kind, num_shards):
     config = config_of(size=2, fraction=0.0, **corpus(kind, num_shards))
-    seen = [numbers_in(take(open_stream(config, rank, 2), 3 * len(cut(TEXTS)) // 4)) for rank in range(2)]
-    one_epoch = [first_epoch(config, rank, 2) for rank in range(2)]
-    assert one_epoch[0] | one_epoch[1] == set(range(NUM_DOCUMENTS))
-    assert not one_epoch[0] & one_epoch[1]
-    assert all(len(numbers) > NUM_DOCUMENTS / 4 for numbers in one_epoch)
-    assert seen[0] | seen[1] == set(range(NUM_DOCUMENTS))
+    texts = [texts_of_epoch(config, rank, 2) for rank in range(2)]
+    assert sorted(texts[0] + texts[1]) == TEXTS
+    assert min(map(len, texts)) > NUM_DOCUMENTS / 4
+    # And the rows are of these texts: a window more than an epoch's rows shows all of them.
+    for rank in range(2):
+        num_rows = len(cut(texts[rank])) + 2 * WINDOW
+        assert numbers_in(take(open_stream(config, rank, 2), num_rows)) >= {TEXTS.index(text) for text in texts[rank]}
 
 
-def first_epoch(config: Config, rank: int, size: int) -> set[int]:
-    """The documents of a rank's first epoch, read without a shuffle."""
-    shards = streaming.Shards(config.data.all_sources[0])
+def texts_of_epoch(config: Config, rank: int, size: int, epoch: int = 0) -> list[str]:
+    """The training texts of a rank in the order of reading."""
     texts: list[str] = []
-    for _, batch in streaming.TrainingTexts(shards, rank, size, config.run.seed, streaming.START).batches():
+    start = streaming.START | {"epoch": epoch}
+    shards = streaming.Shards(config.data.all_sources[0])
+    for _, batch in streaming.TrainingTexts(shards, rank, size, config.run.seed, start).batches():
         if not batch:
-            return {TEXTS.index(text) for text in texts}
+            return texts
         texts += batch
     raise AssertionError
 
@@ -195,17 +197,23 @@ def test_two_resumes_give_the_rows_of_an_uninterrupted_run(corpus, tmp_path, kin
     assert state == json.loads(json.dumps(straight.state()))
 
 
-def test_the_stream_starts_over_in_another_order(corpus):
-    config = config_of(fraction=0.0, **corpus("parquet", num_shards=1))
-    rows = cut(TEXTS)
-    # One token short of two epochs' rows, cut from the endless repetition of the text.
-    twice = cut(TEXTS * 2)
-    got = take(open_stream(config), len(rows) * 2 // 3 * 3)
-    first, second = got[: len(rows)], got[len(rows) :]
-    assert same_rows(first, rows)
-    windows_left = len(second) // WINDOW * WINDOW
-    assert same_rows(second[:windows_left], twice[len(rows) : len(rows) + windows_left])
-    assert not np.array_equal(first[:WINDOW], second[:WINDOW])
+def test_the_stream_starts_over_in_another_order(corpus, tmp_path):
+    # An epoch is one window exactly, so that every window holds the same rows.
+    text = "".join(f"{i:04d}" for i in range(WINDOW * LENGTH))[: WINDOW * LENGTH - 1]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    config = config_of(fraction=0.0, source="files", paths=[str(tmp_path / "a.jsonl")])
+    rows = take(open_stream(config), 3 * WINDOW)
+    epochs = [rows[start : start + WINDOW] for start in range(0, 3 * WINDOW, WINDOW)]
+    tokens = [256, *text.encode()] * 2
+    expected = np.array([tokens[i : i + LENGTH + 1] for i in range(0, WINDOW * LENGTH, LENGTH)])
+    assert all(same_rows(epoch, expected) for epoch in epochs)
+    assert len({epoch.tobytes() for epoch in epochs}) == 3
+
+    # Shards, too, come in another order.
+    config = config_of(fraction=0.0, **corpus("parquet", num_shards=6))
+    orders = [texts_of_epoch(config, 0, 1, epoch) for epoch in range(3)]
+    assert all(sorted(order) == TEXTS for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_another_number_of_processes_is_refused(corpus, tmp_path):
