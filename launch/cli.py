@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         _config_command(arguments[0], arguments[1:])
         return
     options = _parser().parse_args(arguments)
-    # Progress bars of the libraries hide our own few lines.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # In a log file the libraries' progress bars bury our own few lines.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         options.run(options)
     except Exception as error:

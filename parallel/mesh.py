@@ -41,6 +41,14 @@ class Mesh:
             dist.all_reduce(value)
         return value
 
+    def gather_objects(self, value) -> list:
+        """Every rank's picklable value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def broadcast_object(self, value):
         """Rank 0's picklable value, on every rank."""
         box = [value]

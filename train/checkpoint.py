@@ -109,21 +109,26 @@ class Checkpoints:
         # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
         self.parameters = dict(named_parameters(model))
 
-    def save(self, commit: Commit) -> Path:
+    def save(self, step: int, commit_in: Callable[[Path], Commit]) -> Path:
         """Write a checkpoint of the current state and commit it; collective.
+
+        Args:
+            commit_in: called on every rank with the folder, for what else belongs there; main's result is the marker.
 
         Raises:
             CheckpointError: on every rank, when any rank could not write.
         """
-        path = self.folder / f"step-{commit.step:08d}"
+        path = self.folder / f"step-{step:08d}"
         self._on_main(lambda: _make_empty(path), f"prepare {path}")
         try:
             dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True))
         except (CheckpointException, OSError, RuntimeError) as error:
             raise CheckpointError(
-                self._advice(f"could not save step {commit.step} to {path}: {_root_cause(error)}")
+                self._advice(f"could not save step {step} to {path}: {_root_cause(error)}")
             ) from error
-        self._on_main(lambda: _commit(path, commit), f"commit {path}")
+        commit: list[Commit] = []
+        self._on_all(lambda: commit.append(commit_in(path)), f"save step {step} to {path}")
+        self._on_main(lambda: _commit(path, commit[0]), f"commit {path}")
         self._on_main(self._remove_old, f"remove old checkpoints in {self.folder}")
         return path
 
@@ -165,15 +170,18 @@ class Checkpoints:
 
     def _on_main(self, action: Callable[[], None], what: str) -> None:
         """Run on the main process; its failure is everyone's."""
+        self._on_all(action if self.mesh.is_main else lambda: None, what)
+
+    def _on_all(self, action: Callable[[], None], what: str) -> None:
+        """Run on every process; the failure of one is everyone's."""
         problem = ""
-        if self.mesh.is_main:
-            try:
-                action()
-            except OSError as error:
-                problem = f"could not {what}: {error}"
-        problem = self.mesh.broadcast_object(problem)
-        if problem:
-            raise CheckpointError(self._advice(problem))
+        try:
+            action()
+        except OSError as error:
+            problem = f"could not {what}: {error}"
+        problems = [found for found in self.mesh.gather_objects(problem) if found]
+        if problems:
+            raise CheckpointError(self._advice(problems[0]))
 
     def _advice(self, problem: str) -> str:
         steps = committed_steps(self.folder)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -255,6 +256,54 @@ class RowBatches:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+
+
+class Batches(Protocol):
+    """This rank's batches of every step, as the loop uses them."""
+
+    waited: float
+    """Seconds the consumer stood still so far."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+class TrainingData(Protocol):
+    """Where a run's batches come from: prepared shards, or a stream."""
+
+    held_out: HeldOut | None
+
+    def open(
+        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, dict[str, Any]] | None
+    ) -> Batches:
+        """Batches from the beginning, or as the resumed checkpoint (its folder and its data state) goes on.
+
+        Raises:
+            DataError: the checkpoint does not belong to this data.
+        """
+        ...
+
+    def save(self, batches: Any, folder: Path, rank: int) -> dict[str, Any]:
+        """The data state of a checkpoint that is being written to `folder`; a rank's own part is written there."""
+        ...
+
+
+@dataclass
+class PreparedData:
+    """Rows of prepared shards (or random ones): their whole state is one number."""
+
+    rows: Rows
+    held_out: HeldOut | None
+
+    def open(
+        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, dict[str, Any]] | None
+    ) -> RowBatches:
+        first_step = first_step_of(resumed[1], self.rows, config) if resumed else 0
+        return RowBatches(self.rows, config, rank, size, first_step, pin)
+
+    def save(self, batches: RowBatches, folder: Path, rank: int) -> dict[str, Any]:
+        return batches.state()
 
 
 def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:

@@ -16,7 +16,7 @@ from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, named_shape
 from train.config_rules import resolve_degrees
 from train.corpus import DataError
-from train.data import open_data
+from train.data import PreparedData, TrainingData, open_data
 from train.metrics import Recorder
 from train.prepare import prepare, run_tokenizer
 from train.run_folder import RunFolder, RunFolderError
@@ -69,30 +69,30 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
     """What can be refused without a process group: the run folder, the checkpoint to resume, the data (rank 0)."""
     folder.check(config)
     find_checkpoint(folder.checkpoints, config.checkpoint.resume)
-    if not config.data.streaming:
-        if [source.source for source in config.data.all_sources] == ["embedded"]:
-            prepare(config)  # seconds, and the first run needs no other command
-        if config.data.all_sources[0].source != "random":
-            tokenizer = run_tokenizer(config)
-            _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
-            if config.validation.interval and held_out is not None and held_out.count < 1:
-                raise DataError(
-                    "the held-out text is shorter than one row: raise data.validation_fraction, name "
-                    "data.validation_paths, or set validation.interval = 0"
-                )
+    if config.data.streaming or config.data.all_sources[0].source == "random":
+        return
+    if [source.source for source in config.data.all_sources] == ["embedded"]:
+        prepare(config)  # seconds, and the first run needs no other command
+    tokenizer = run_tokenizer(config)
+    _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+    if config.validation.interval and held_out is not None and held_out.count < 1:
+        raise DataError(
+            "the held-out text is shorter than one row: raise data.validation_fraction, name "
+            "data.validation_paths, or set validation.interval = 0"
+        )
 
 
 def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
     _set_determinism(config, mesh.device)
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
-    rows, held_out = open_data(config, tokenizer, shape.vocab_size, check=False)
+    data = _training_data(config, tokenizer, shape)
     if mesh.is_main:
         folder.write_config(config)
         if tokenizer is not None:
             tokenizer.save(folder.tokenizer)
 
-    trainer = Trainer(config, mesh, shape, tokenizer, rows, held_out, hf_weights)
+    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights)
     resumed_from = trainer.resume()
     if mesh.is_main:
         trainer.checkpoints.remove_torn()
@@ -107,6 +107,15 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
         recorder.close()
+
+
+def _training_data(config: Config, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:
+    if config.data.streaming:
+        from train.streaming import StreamedData
+
+        assert tokenizer is not None
+        return StreamedData(config, tokenizer)
+    return PreparedData(*open_data(config, tokenizer, shape.vocab_size, check=False))
 
 
 def resolve_shape(config: Config, tokenizer: Tokenizer | None) -> tuple[LlamaShape, Path | None]:

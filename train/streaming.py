@@ -18,6 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
-from train.data import CorpusRows, HeldOut
+from train.data import CorpusRows, DataState, HeldOut
 from train.prepare import run_tokenizer
 from train.tokenizer import Tokenizer
 
@@ -39,8 +40,8 @@ HELD_OUT_SEARCH = 200_000  # documents among which held-out ones are looked for:
 HELD_OUT_BATCHES = 20
 
 State = dict[str, Any]
-START: State = {"epoch": 0, "shard": 0, "num_read": 0, "num_training": 0}
-"""A rank's first place: which of the epoch's shards, and how many of its documents have been read, and trained on."""
+START: State = {"epoch": 0, "shard": 0, "num_read": 0}
+"""A rank's first place: which of the epoch's shards, and how many of its documents have been read."""
 BEGINNING: State = {"place": START, "carry": [], "num_tokens": 0, "skip": 0}
 """Arguments of `_Batches._rows` for the first row."""
 
@@ -121,13 +122,11 @@ class TrainingTexts:
         for index, shared in self._order(at["epoch"])[at["shard"] :]:
             for document in self.shards.read(index, at["num_read"]):
                 at["num_read"] += 1
-                if document.held_out or not document.text:
-                    continue
-                at["num_training"] += 1
                 # Counted on from the shard's number, so that files of one document each do not all go to one rank.
-                if not shared or (index + at["num_training"]) % self.size == self.rank:
+                mine = not shared or (index + at["num_read"]) % self.size == self.rank
+                if mine and document.text and not document.held_out:
                     yield document.text
-            at.update(shard=at["shard"] + 1, num_read=0, num_training=0)
+            at.update(shard=at["shard"] + 1, num_read=0)
 
     def _order(self, epoch: int) -> list[tuple[int, bool]]:
         """This rank's shards of an epoch, each with whether all ranks share it."""
@@ -165,6 +164,7 @@ class _Batches(IterableDataset):
             yield error  # handed over as an item: raised here, its message would arrive as a traceback
 
     def _shuffled(self) -> Iterator[np.ndarray]:
+        """Rows (T + 1,) in the order of training."""
         number, given = self._state["window"], self._state["given"]
         source, size = self._rows(**self._state["start"]), self.config.data.shuffle_window
         window = list(islice(source, size))
@@ -215,7 +215,7 @@ class StreamBatches:
 
     Args:
         state: from `read_state`, to go on from there; `step` is then the step reached.
-        num_workers: 1, or 0 to tokenise in this process. A state belongs to its number of workers (torchdata).
+        num_workers: 1, or 0 to tokenise in this process; torchdata refuses a state of the other.
 
     Raises:
         DataError: the text cannot be read, or the state is of another stream.
@@ -233,9 +233,10 @@ class StreamBatches:
     ):
         self.pin, self.step, self.waited = pin, 0, 0.0
         shards, training = Shards(config.data.all_sources[0]), config.training
+        self._global_batch = training.global_batch_size
         stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
         fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
-        self.identity = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
+        self.identity: State = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
         batches = _Batches(config, tokenizer, shards, rank, size)
         # Spawned, since a fork would copy the locks of the process group's and CUDA's threads.
         context = "spawn" if num_workers else None
@@ -275,6 +276,10 @@ class StreamBatches:
         """This rank's place after the batches that were handed out; JSON-serialisable."""
         return {**self.identity, "step": self.step, "loader": self._loader.state_dict()}
 
+    @property
+    def rows_consumed(self) -> int:
+        return self.step * self._global_batch
+
     def close(self) -> None:
         self._loader = None  # with the last reference to the loader its worker ends
 
@@ -294,6 +299,28 @@ def read_state(folder: Path, rank: int) -> State:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
     raise DataError(f"{folder} was not streamed: resume it with data.streaming = false")
+
+
+class StreamedData:
+    """A run's batches out of a stream."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.held_out = stream_held_out(config, tokenizer) if config.validation.interval else None
+
+    def open(
+        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, State] | None
+    ) -> StreamBatches:
+        state = read_state(resumed[0], rank) if resumed else None
+        return StreamBatches(config, self.tokenizer, rank, size, pin, state)
+
+    def save(self, batches: StreamBatches, folder: Path, rank: int) -> State:
+        write_state(folder, rank, batches.state())
+        # The same record as of prepared data; its fingerprint keeps it from going on with shards.
+        record = DataState(
+            0, batches.identity["seed"], batches.rows_consumed, f"stream-{batches.identity['fingerprint']}"
+        )
+        return asdict(record)
 
 
 class _InMemory(np.ndarray):

@@ -1,7 +1,8 @@
 """The training loop.
 
-`Trainer` builds everything a run needs; `Trainer.run` is the loop and `train_step` one step of it. Nothing between two logging steps waits for the device: losses and norms stay tensors, and whether everything
-was finite is folded into one number on the device, read when a step is logged and before a checkpoint is written.
+`Trainer` builds everything a run needs; `Trainer.run` is the loop and `train_step` one step of it. Nothing between two
+logging steps waits for the device: losses and norms stay tensors, and whether everything was finite is folded into one
+number on the device, read when a step is logged and before a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from train.checkpoint import Checkpoints, Commit, check_model, find_checkpoint
 from train.config import Config, total_steps
-from train.data import IGNORE, HeldOut, RowBatches, Rows, first_step_of, validation_batches
+from train.data import IGNORE, TrainingData, validation_batches
 from train.loss import inputs_and_targets, next_token_loss_sum
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, learning_rate, materialise_state
@@ -46,8 +48,7 @@ class Trainer:
         mesh: the started process group.
         shape: architecture, vocabulary included.
         tokenizer: None with random data.
-        rows: training rows.
-        held_out: validation rows, or None.
+        data: training batches and validation rows.
         hf_weights: folder to take initial weights from, or None for random ones.
     """
 
@@ -57,11 +58,11 @@ class Trainer:
         mesh: Mesh,
         shape: LlamaShape,
         tokenizer: Tokenizer | None,
-        rows: Rows,
-        held_out: HeldOut | None,
+        data: TrainingData,
         hf_weights: Path | None = None,
     ):
-        self.config, self.mesh, self.shape, self.rows, self.held_out = config, mesh, shape, rows, held_out
+        self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
+        self.held_out = data.held_out
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.total_steps = total_steps(config, shape)
         self.last_step = min(self.total_steps, config.training.stop_after or self.total_steps)
@@ -88,24 +89,29 @@ class Trainer:
         self.step = 0
 
     def resume(self) -> Path | None:
-        """Load the checkpoint that `checkpoint.resume` means, if there is one; rank 0 chooses."""
+        """Load the checkpoint that `checkpoint.resume` means, if there is one (rank 0 chooses), and open the data there."""
         config = self.config
         found = find_checkpoint(self.folder.checkpoints, config.checkpoint.resume) if self.mesh.is_main else None
         path = self.mesh.broadcast_object(found)
         if path is None:
+            self.open_data(None)
             return None
         commit = Commit.read(path)
         check_model(commit, path, self.shape, self.tokenizer_fingerprint)
-        self.step = first_step_of(commit.data, self.rows, config)
+        self.open_data((path, commit.data))
+        self.step = commit.step
         materialise_state(self.optimizer)
         self.checkpoints.load(path)
         return path
 
-    def run(self, recorder: Recorder) -> None:
-        """Train to the last step, validating, logging and saving on the way."""
-        config = self.config
+    def open_data(self, resumed: tuple[Path, dict[str, Any]] | None) -> None:
+        """Begin to read ahead, from the first row or from a checkpoint's folder and data state."""
         pin = self.mesh.device.type == "cuda"
-        batches = RowBatches(self.rows, config, self.mesh.data_rank, self.mesh.data_size, self.step, pin)
+        self.batches = self.data.open(self.config, self.mesh.data_rank, self.mesh.data_size, pin, resumed)
+
+    def run(self, recorder: Recorder) -> None:
+        """Train to the last step, validating, logging and saving on the way; `resume` comes first."""
+        config, batches = self.config, self.batches
         gc.collect()
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
@@ -123,7 +129,7 @@ class Trainer:
                     self.validate(recorder)
                     self.throughput.restart(self.step, batches.waited)
                 if _due(config.checkpoint.interval, self.step, final):
-                    self.save(recorder, batches)
+                    self.save(recorder)
                     self.throughput.restart(self.step, batches.waited)
                 if self.step % GC_INTERVAL == 0:
                     gc.collect(1)
@@ -216,12 +222,16 @@ class Trainer:
             self.held_out, self.config, self.mesh.data_rank, self.mesh.data_size, self.micro_batch
         )
 
-    def save(self, recorder: Recorder, batches: RowBatches) -> None:
+    def save(self, recorder: Recorder) -> None:
         """Write a checkpoint, never one of non-finite state."""
         self.check_finite()
         self.check_weights_finite()
-        commit = Commit(self.step, batches.state(), asdict(self.shape), self.tokenizer_fingerprint)
-        path = self.checkpoints.save(commit)
+
+        def commit_in(folder: Path) -> Commit:
+            state = self.data.save(self.batches, folder, self.mesh.rank)
+            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint)
+
+        path = self.checkpoints.save(self.step, commit_in)
         recorder.say(f"saved {path}")
 
     def check_finite(self) -> None:

@@ -142,6 +142,10 @@ def test_held_out_files_and_ends_of_text_files(tmp_path):
     assert numbers_in(take(open_stream(config), 300)) == {0, 1, 2, 3}
     assert held_out_numbers(config) == {777}
 
+    # Each file goes to another rank, though each is the first document of its shard.
+    texts = [texts_of_epoch(config, rank, 5) for rank in range(5)]
+    assert sorted(map(len, texts)) == [0, 1, 1, 1, 1]
+
     (tmp_path / "held-out").mkdir()
     (tmp_path / "held-out" / "a.txt").write_text("<888>\n" * 50)
     config = config_of(source="files", paths=[str(tmp_path / "*.txt")], validation_paths=[str(tmp_path / "held-out/*")])
@@ -179,15 +183,15 @@ def texts_of_epoch(config: Config, rank: int, size: int, epoch: int = 0) -> list
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
-def test_two_resumes_give_the_rows_of_an_uninterrupted_run(corpus, tmp_path, kind):
+def test_resumes_give_the_rows_of_an_uninterrupted_run(corpus, tmp_path, kind):
     config = config_of(size=2, **corpus(kind))
     straight = open_stream(config, rank=1, size=2)
-    # The end of an epoch lies within: a rank's first one has fewer rows than ten steps.
+    # The end of an epoch lies within, and that of every shard.
     assert len(cut(TEXTS)) / 2 < 90
     expected = take(straight, 90)
 
     resumed, state = [], None
-    for num_steps in (12, 9, 9):
+    for num_steps in (4, 3, 3) * 3:
         batches = open_stream(config, rank=1, size=2, state=state)
         resumed.append(take(batches, 3 * num_steps))
         write_state(tmp_path, 1, batches.state())
@@ -195,6 +199,18 @@ def test_two_resumes_give_the_rows_of_an_uninterrupted_run(corpus, tmp_path, kin
     assert np.array_equal(np.concatenate(resumed), expected)
     assert state["step"] == 30
     assert state == json.loads(json.dumps(straight.state()))
+
+
+def test_a_run_resumes_from_any_row(corpus, tmp_path):
+    # The last row of an epoch starts in a list of texts that alone is shorter than a row.
+    texts = ["a" * 40, "b" * 40, "c" * 40, "d" * 5]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = config_of(fraction=0.0, source="files", paths=[str(tmp_path / "a.jsonl")], shuffle_window=1)
+    expected, state = take(open_stream(config), 36), None
+    for step in range(12):
+        batches = open_stream(config, state=state)
+        assert np.array_equal(take(batches, 3), expected[3 * step : 3 * step + 3])
+        state = batches.state()
 
 
 def test_the_stream_starts_over_in_another_order(corpus, tmp_path):

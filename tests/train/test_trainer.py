@@ -15,6 +15,7 @@ from parallel.init import init_weights
 from train.config import named_shape
 from train.config_sources import load_config
 from train.data import open_data
+from train.job import JobError
 from train.prepare import run_tokenizer
 
 
@@ -172,8 +173,6 @@ def test_weights_of_two_processes_start_bit_identical(tmp_path):
 
 
 def test_non_finite_state_stops_the_run_and_is_never_saved(run_here, tmp_path):
-    from train.job import JobError
-
     run_here(training__stop_after=10)
     with pytest.raises(JobError) as stopped:
         run_here(
@@ -186,8 +185,31 @@ def test_non_finite_state_stops_the_run_and_is_never_saved(run_here, tmp_path):
 
 
 def test_weights_that_overflow_in_the_last_update_are_not_saved(run_here, tmp_path):
-    from train.job import JobError
-
     with pytest.raises(JobError, match="a weight or optimizer moment after step 1 is not finite"):
         run_here(optimizer__lr=1e39, schedule__warmup_steps=0, training__steps=1)
     assert not list((tmp_path / "run").glob("checkpoints/*/commit.json"))
+
+
+def test_a_streamed_run_resumes_exactly_and_only_at_its_size(run_here, tmp_path, text_corpus):
+    stream = {"data__streaming": "true", "data__shuffle_window": 8, "training__steps": 9}
+    straight = run_here("straight", **stream)
+    for stop in (4, 7):
+        run_here("pieces", **stream, training__stop_after=stop)
+    pieces = run_here("pieces", **stream)
+    training = [row for row in losses(pieces) if row in losses(straight)]
+    assert training == losses(straight)
+    flags = tiny_flags(tmp_path, text_corpus, "pieces", **stream | {"training__steps": 12})
+    done = run_python("train/main.py", *flags, processes=2, check=False)
+    assert "was streamed by 1 processes, this run has 2" in done.stderr
+    with pytest.raises(JobError, match="the checkpoint was trained on other data"):
+        run_here("other", checkpoint__resume=str(tmp_path / "pieces"))
+
+
+def test_data_that_does_not_fit_the_checkpoint_is_refused_before_anything_changes(run_here, tmp_path):
+    run_here(training__stop_after=10)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "config.toml").unlink()  # else the run folder refuses already
+    with pytest.raises(JobError, match="trained on other data"):
+        run_here(checkpoint__resume=5, training__sequence_length=32)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoints" / "step-00000010" / "commit.json").exists()
