@@ -29,9 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         _config_command(arguments[0], arguments[1:])
         return
     options = _parser().parse_args(arguments)
-    # In a log file the libraries' progress bars bury our own few lines.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # its warnings are about how we call it
     try:
         options.run(options)
     except Exception as error:

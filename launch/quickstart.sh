@@ -18,7 +18,9 @@ echo "== export to a Hugging Face folder"
 newcompute export --run $run --out $run/export
 echo "== evaluation of the export, on text it has not seen"
 python -m evals.held_out_task --run $run --out $run/held_out
-newcompute eval --model $run/export --text $run/held_out/held_out.txt --tasks $run/held_out/held_out.yaml --out $run/eval.json
+# lm-eval draws a progress bar per document; they go to a file.
+newcompute eval --model $run/export --text $run/held_out/held_out.txt --tasks $run/held_out/held_out.yaml \
+  --out $run/eval.json 2> $run/eval.log || { cat $run/eval.log >&2; exit 1; }
 echo "== a sample"
 newcompute generate --model $run/export --prompt "def " --max-new-tokens 120 --temperature 0.7
 echo

@@ -57,7 +57,8 @@ class Shards:
         if source.max_documents:
             raise DataError("data.max_documents: streaming ends with training.steps; leave it out, or prepare the data")
         self.source = source
-        self.fraction = 0.0 if source.validation_paths else source.validation_fraction
+        self.held_out_paths = source.validation_paths if source.source == "files" else []
+        self.fraction = 0.0 if self.held_out_paths else source.validation_fraction
         self.dataset = hub_dataset(source) if source.source == "hub" else None
         self.files = [] if self.dataset is not None else input_files(source.model_copy(update={"validation_paths": []}))
         self.count = self.dataset.num_shards if self.dataset is not None else len(self.files)
@@ -92,7 +93,7 @@ class Shards:
 
     def held_out_texts(self) -> Iterator[str]:
         """The held-out documents: those of `validation_paths`, or those found at the beginning of the corpus."""
-        if self.source.validation_paths:
+        if self.held_out_paths:
             yield from (document.text for document in documents(self.source.model_copy(update={"paths": []})))
         found = (document for index in range(self.count) for document in self.read(index))
         for document in islice(found, HELD_OUT_SEARCH if self.fraction else 0):
