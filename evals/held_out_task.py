@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from train.config import SourceConfig
 from train.corpus import documents
 from train.run_folder import RunFolder
 
@@ -23,7 +25,8 @@ def write_task(run: Path, out: Path, limit: int) -> tuple[Path, Path]:
         The two paths.
     """
     config = RunFolder(run).read_config()
-    texts = [d.text for source in config.data.all_sources for d in islice(_held_out(source), limit)]
+    streamed = config.data.streaming
+    texts = [text for source in config.data.all_sources for text in islice(_held_out(source, streamed), limit)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "held_out.txt").write_text("\n".join(texts), encoding="utf-8")
     data = (out / "held_out.jsonl").resolve()
@@ -48,8 +51,12 @@ def write_task(run: Path, out: Path, limit: int) -> tuple[Path, Path]:
     return out / "held_out.txt", out / f"{TASK}.yaml"
 
 
-def _held_out(source):
-    return (document for document in documents(source) if document.held_out)
+def _held_out(source: SourceConfig, streamed: bool) -> Iterator[str]:
+    if streamed:  # which holds out other documents than `prepare` does
+        from train.streaming import Shards
+
+        return Shards(source).held_out_texts()
+    return (document.text for document in documents(source) if document.held_out)
 
 
 def main() -> None:

@@ -109,8 +109,8 @@ def _config_command(command: str, arguments: list[str]) -> None:
         print(help_text())
         return
     known = ("--world-size", "--mfu") if command == "plan" else ()
-    files, options, flags = split_arguments(arguments, known)
     try:
+        files, options, flags = split_arguments(arguments, known)
         if command == "plan":
             from train.plan import print_plan
 

@@ -77,8 +77,17 @@ def shape_from_hf(folder: Path) -> LlamaShape:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
-    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for key, value in expected.items():
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"{file}: model_type is {found!r}; only Llama is supported")
+    try:
+        return _shape(config, file)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]!r}, which a Llama needs") from error
+
+
+def _shape(config: dict[str, Any], file: Path) -> LlamaShape:
+    for key, value in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if config.get(key, value) != value:
             raise ValueError(f"{file}: {key} is {config[key]!r}; only Llama with {key} = {value!r} is supported")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -5,6 +5,7 @@ Torch-free, so that `--help`, `plan` and the configuration checks stay fast.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 VOCABULARY_MULTIPLE = 128
@@ -46,9 +47,9 @@ class LlamaShape:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.dim % self.num_heads:  # transformers asks for it also where head_dim is given
+            raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
         if not self.head_dim:
-            if self.dim % self.num_heads:
-                raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs of features")
@@ -140,6 +141,7 @@ _PEAK_BF16_FLOPS = {  # dense bf16, vendor data sheets; longest match wins
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "B200": 2250e12,
     "A100": 312e12,
 }
@@ -147,5 +149,6 @@ _PEAK_BF16_FLOPS = {  # dense bf16, vendor data sheets; longest match wins
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU by its name in FLOP/s, or None where it is not known (then no MFU is shown)."""
-    matches = [name for name in _PEAK_BF16_FLOPS if name in device_name]
+    # Whole words: an A1000 is no A100, and a GB200 has another peak than a B200.
+    matches = [name for name in _PEAK_BF16_FLOPS if re.search(rf"\b{name}\b", device_name)]
     return _PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

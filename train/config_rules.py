@@ -20,6 +20,9 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     resume = config.checkpoint.resume
     if isinstance(resume, int) and resume < 0:
         yield Problem('expected "auto", "none", a step of 0 or more, or a path', "checkpoint.resume", resume)
+    if config.data.streaming and config.data.max_documents:
+        message = "streaming ends with training.steps: leave it out, or prepare the data"
+        yield Problem(message, "data.max_documents", config.data.max_documents)
     for i, transform in enumerate(config.transforms):
         yield Problem("this version knows no hardware effect yet", f"transforms.{i}.kind", transform.get("kind"))
 
@@ -89,7 +92,8 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     try:
         replicate, shard = resolve_degrees(parallel.replicate, parallel.shard, world_size)
     except ValueError as error:
-        key = "parallel.shard" if parallel.shard not in (-1, 1) else "parallel.replicate"
+        odd_one = parallel.shard == 0 or (parallel.replicate != 0 and parallel.shard not in (-1, 1))
+        key = "parallel.shard" if odd_one else "parallel.replicate"
         yield Problem(str(error), key, getattr(parallel, key.partition(".")[2]))
         return
     rows = replicate * shard * (training.micro_batch_size or 1)

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -60,10 +61,13 @@ class Sources:
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, key: str) -> str:
-        """The source of a key, or of the nearest table around it."""
-        while key and key not in self.origins:
+        """The source of a key, of something below it, or of the nearest table around it."""
+        below = (origin for name, origin in self.origins.items() if name.startswith(key + "."))
+        found = self.origins.get(key) or next(below, "")
+        while key and not found:
             key = key.rpartition(".")[0]
-        return self.origins.get(key, "")
+            found = self.origins.get(key, "")
+        return found
 
     def get(self, key: str) -> Any:
         value: Any = self.values
@@ -85,6 +89,8 @@ class Sources:
                     Problem(f'"{part}" is a value elsewhere, so it cannot be a table', key, value, origin)
                 )
                 return
+        if value == {} and isinstance(table.get(last), dict):
+            return  # an empty section says nothing
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             earlier = table.get(last)
             offset = len(earlier) if isinstance(earlier, list) else 0
@@ -99,8 +105,10 @@ class Sources:
         last = key.rpartition(".")[2]
         if isinstance(parent, dict):
             parent.pop(last, None)
-        elif isinstance(parent, list) and last.isdigit() and int(last) < len(parent):
-            parent[int(last)] = {}
+        elif isinstance(parent, list) and key.split(".")[-2] == "sources" and last.isdigit():
+            parent[int(last)] = {}  # its place keeps the numbers of the others
+        elif isinstance(parent, list):
+            self.remove(key.rpartition(".")[0])
 
     def add_layer(self, leaves: list[tuple[str, Any]], origin_of: dict[str, str]) -> None:
         names = {key for key, _ in leaves}
@@ -160,14 +168,10 @@ def read_sources(files: Sequence[str], flags: Sequence[str]) -> Sources:
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        if isinstance(value, dict) and not _is_open_table(f"{prefix}{key}"):
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _is_open_table(key: str) -> bool:
-    return key.split(".")[0] == "transforms"
 
 
 def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tuple[str, Any]]:
@@ -180,7 +184,11 @@ def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tupl
             continue
         key, equals, text = flag[2:].partition("=")
         if not equals:
-            text = pending.pop(0) if pending and not pending[0].startswith("--") else "true"
+            bare = not pending or pending[0].startswith("--")
+            if bare and _field_type(key) not in (bool, None):
+                problems.append(Problem("expected a value after it", origin=f"flag --{key}"))
+                continue
+            text = "true" if bare else pending.pop(0)
         yield key, _flag_value(key, text)
 
 
@@ -189,9 +197,10 @@ def _flag_value(key: str, text: str) -> Any:
     if _field_type(key) is str:
         return text
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text
+    return text if isinstance(value, date | time) else value  # no field is a date, but a path may look like one
 
 
 def _field_type(key: str) -> Any:
@@ -220,8 +229,8 @@ def _validate(sources: Sources) -> tuple[Config, set[str]]:
         try:
             return Config.model_validate(sources.values), broken
         except ValidationError as error:
-            for detail in error.errors():
-                key = _dotted(detail["loc"], sources)
+            found = [(_dotted(detail["loc"], sources), detail) for detail in error.errors()]
+            for key, detail in found:
                 if key not in broken:
                     sources.problems.append(
                         Problem(_explain(detail, key), key, _value(detail, sources, key), sources.origin(key))
@@ -343,7 +352,11 @@ def _type_name(annotation: Any) -> str:
 
 
 def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tuple[list[str], dict[str, str], list[str]]:
-    """(`--config` files, values of the `known` options, remaining flags) of a command line."""
+    """(`--config` files, values of the `known` options, remaining flags) of a command line.
+
+    Raises:
+        ConfigError: one of these options has no value.
+    """
     files: list[str] = []
     options: dict[str, str] = {}
     rest: list[str] = []
@@ -354,7 +367,9 @@ def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tupl
             rest.append(name + equals + value)
             continue
         if not equals:
-            value = pending.pop(0) if pending else ""
+            if not pending or pending[0].startswith("--"):
+                raise ConfigError([Problem("expected a value after it", origin=f"option {name}")])
+            value = pending.pop(0)
         if name == "--config":
             files.append(value)
         else:

@@ -12,10 +12,15 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 from train.config import SourceConfig
 
@@ -61,8 +66,11 @@ class DocumentStream:
 
     def __iter__(self) -> Iterator[Document]:
         for document in self._documents:
-            if self.source.max_documents and self.consumed >= self.source.max_documents:
-                return
+            limited = self.source.max_documents and self.consumed >= self.source.max_documents
+            if limited and not (document.held_out and self.source.validation_paths):
+                if not self.source.validation_paths:
+                    return
+                continue  # named validation files come after the limited ones
             self.consumed += 1
             yield document
 
@@ -141,14 +149,17 @@ def _ending(path: Path) -> str:
 def _files(source: SourceConfig) -> Iterator[Document]:
     fraction = 0.0 if source.validation_paths else source.validation_fraction
     number = 0
+    held_out = _matches(source.validation_paths, "validation_paths")
     for path in _matches(source.paths, "paths"):
+        if path in held_out:
+            continue  # a glob of everything may well match it
         if _ending(path) == "txt":
             yield from _text_file(path, fraction)
             continue
         for text in _records(path, source.column):
             yield Document(text, is_held_out(str(number), fraction))
             number += 1
-    for path in _matches(source.validation_paths, "validation_paths"):
+    for path in held_out:
         texts = [_read_text(path)] if _ending(path) == "txt" else _records(path, source.column)
         for text in texts:
             yield Document(text, held_out=True)
@@ -159,29 +170,49 @@ def _text_file(path: Path, fraction: float) -> Iterator[Document]:
     text = _read_text(path)
     cut = len(text)
     if fraction > 0:
-        cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 or int(len(text) * (1 - fraction))
+        wanted = int(len(text) * (1 - fraction))
+        line_end = text.rfind("\n", 0, wanted) + 1
+        # A text without lines is cut anywhere, rather than handed to validation as a whole.
+        cut = line_end if line_end >= wanted - fraction * len(text) else wanted
     for part, held_out in ((text[:cut], False), (text[cut:], True)):
         if part.strip():
             yield Document(part, held_out)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into a `DataError` that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
 def _read_text(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+    with _naming(path), opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
         return file.read()
 
 
 def _records(path: Path, column: str) -> Iterator[str]:
     """The text column of a jsonl or parquet file; empty texts are left out."""
-    if _ending(path) == "parquet":
-        import pyarrow.parquet
+    with _naming(path):
+        yield from _parquet(path, column) if _ending(path) == "parquet" else _jsonl(path, column)
 
-        parquet = pyarrow.parquet.ParquetFile(path)
-        if column not in parquet.schema_arrow.names:
-            raise DataError(f"{path} has no column {column!r}; it has {', '.join(parquet.schema_arrow.names)}")
-        for batch in parquet.iter_batches(columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
-        return
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    parquet = pyarrow.parquet.ParquetFile(path)
+    schema = parquet.schema_arrow
+    if column not in schema.names:
+        raise DataError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise DataError(f"{path}: column {column!r} holds {kind}, not text")
+    for batch in parquet.iter_batches(columns=[column]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _jsonl(path: Path, column: str) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):

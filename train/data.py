@@ -30,6 +30,10 @@ from train.tokenizer import Tokenizer
 
 IGNORE = -100
 """Target that no loss is computed for (padding rows of the last validation batch)."""
+TOO_LITTLE_HELD_OUT = (
+    "the held-out text is shorter than one row: raise data.validation_fraction, name data.validation_paths, "
+    "or set validation.interval = 0"
+)
 MIXTURE_PERIOD = 1024
 """Rows after which a mixture's pattern repeats: weights are exact to 1 in this many."""
 

@@ -16,7 +16,7 @@ from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, named_shape
 from train.config_rules import resolve_degrees
 from train.corpus import DataError
-from train.data import PreparedData, TrainingData, open_data
+from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
 from train.metrics import Recorder
 from train.prepare import prepare, run_tokenizer
 from train.run_folder import RunFolder, RunFolderError
@@ -69,24 +69,27 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
     """What can be refused without a process group: the run folder, the checkpoint to resume, the data (rank 0)."""
     folder.check(config)
     find_checkpoint(folder.checkpoints, config.checkpoint.resume)
-    if config.data.streaming or config.data.all_sources[0].source == "random":
+    if config.data.all_sources[0].source == "random":
+        return
+    if config.data.streaming:
+        from train.streaming import Shards
+
+        run_tokenizer(config)
+        Shards(config.data.all_sources[0])  # finds the files, or reaches the Hub
         return
     if [source.source for source in config.data.all_sources] == ["embedded"]:
         prepare(config)  # seconds, and the first run needs no other command
     tokenizer = run_tokenizer(config)
     _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
     if config.validation.interval and held_out is not None and held_out.count < 1:
-        raise DataError(
-            "the held-out text is shorter than one row: raise data.validation_fraction, name "
-            "data.validation_paths, or set validation.interval = 0"
-        )
+        raise DataError(TOO_LITTLE_HELD_OUT)
 
 
 def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
     _set_determinism(config, mesh.device)
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
-    data = _training_data(config, tokenizer, shape)
+    data = _training_data(config, mesh, tokenizer, shape)
     if mesh.is_main:
         folder.write_config(config)
         if tokenizer is not None:
@@ -109,12 +112,12 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
         recorder.close()
 
 
-def _training_data(config: Config, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:
+def _training_data(config: Config, mesh: meshes.Mesh, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:
     if config.data.streaming:
         from train.streaming import StreamedData
 
         assert tokenizer is not None
-        return StreamedData(config, tokenizer)
+        return StreamedData.start(config, mesh, tokenizer)
     return PreparedData(*open_data(config, tokenizer, shape.vocab_size, check=False))
 
 

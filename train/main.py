@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(__doc__ + "\n  --config FILE.toml (repeatable; later files win, flags win over files)\n" + help_text())
         return
     is_main = int(os.environ.get("RANK", 0)) == 0
-    files, _, flags = split_arguments(arguments)
     try:
+        files, _, flags = split_arguments(arguments)
         config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
         if not is_main:

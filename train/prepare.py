@@ -94,11 +94,11 @@ def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, 
     folder = corpus_folder(config, source)
     inputs = inputs_hash(source)
     if (folder / MANIFEST).exists():
-        manifest = Manifest.read(folder)
-        if manifest.inputs == inputs and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
+        manifest = _readable_manifest(folder)
+        if manifest and manifest.inputs == inputs and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
             say(f"{folder} is prepared: {_summary(manifest)}")
             return folder
-        say(f"{folder} was made from other text or another tokenizer; making it again")
+        say(f"{folder} was made from other text or another tokenizer, or is damaged; making it again")
     partial = folder.with_name(folder.name + ".partial")
     job = _Tokenization(partial, source, tokenizer, inputs)
     manifest = job.run(say)
@@ -107,6 +107,13 @@ def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, 
     os.rename(partial, folder)
     say(f"{folder}: {_summary(manifest)}")
     return folder
+
+
+def _readable_manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except DataError:
+        return None
 
 
 class _Tokenization:

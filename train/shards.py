@@ -74,7 +74,7 @@ class Manifest:
                 for name, split in content.pop("splits").items()
             }
             return cls(splits=splits, **content)
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / MANIFEST} cannot be read ({error}); run `newcompute prepare` again") from error
 
 

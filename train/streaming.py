@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from parallel.mesh import Mesh
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
-from train.data import CorpusRows, DataState, HeldOut
+from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, DataState, HeldOut
 from train.prepare import run_tokenizer
 from train.tokenizer import Tokenizer
 
@@ -302,12 +303,30 @@ def read_state(folder: Path, rank: int) -> State:
     raise DataError(f"{folder} was not streamed: resume it with data.streaming = false")
 
 
+@dataclass
 class StreamedData:
     """A run's batches out of a stream."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.held_out = stream_held_out(config, tokenizer) if config.validation.interval else None
+    tokenizer: Tokenizer
+    held_out: HeldOut | None
+
+    @classmethod
+    def start(cls, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> StreamedData:
+        """Rank 0 looks for the held-out text, once for all.
+
+        Raises:
+            DataError: on every rank, if the text cannot be read or too little of it is held out.
+        """
+        found: HeldOut | DataError | None = None
+        if mesh.is_main and config.validation.interval:
+            try:
+                found = stream_held_out(config, tokenizer) or DataError(TOO_LITTLE_HELD_OUT)
+            except DataError as error:
+                found = error
+        found = mesh.broadcast_object(found)
+        if isinstance(found, DataError):
+            raise found
+        return cls(tokenizer, found)
 
     def open(
         self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, State] | None

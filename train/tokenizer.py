@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LONGEST_RUN = 25_000
+_LONG_BLANKS = re.compile(rf"\s{{{LONGEST_RUN + 1}}}")
 BOS = "<|begin_of_text|>"
 
 
@@ -128,6 +131,7 @@ class HFTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.settings = _read_settings(folder / "tokenizer_config.json")
         bos, self.eos_id = self._special("bos_token"), self._special("eos_token")
         boundary = bos if bos is not None else self.eos_id
         if boundary is None:
@@ -137,14 +141,13 @@ class HFTokenizer:
         self.bos_id = boundary
 
     def _special(self, role: str) -> int | None:
-        file = self.folder / "tokenizer_config.json"
-        token = json.loads(file.read_text(encoding="utf-8")).get(role) if file.exists() else None
+        token = self.settings.get(role)
         if isinstance(token, dict):
             token = token.get("content")
         return None if token is None else self.backend.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,6 +161,12 @@ class HFTokenizer:
 
     def save_hf(self, folder: Path) -> None:
         self.save(folder)
+        settings = _read_settings(folder / "tokenizer_config.json") | {"split_special_tokens": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if self.backend.encode("a").ids[:1] != [self.bos_id]:  # GPT-2's and cosmo2's files add no token by themselves
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            _put_first(backend, str(backend.id_to_token(self.bos_id)))
+            backend.save(str(folder / "tokenizer.json"))
 
 
 class TiktokenTokenizer:
@@ -170,6 +179,8 @@ class TiktokenTokenizer:
             content = file.read_bytes()
             lines = [line.split() for line in content.splitlines() if line]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+                raise ValueError("expected ranks 0, 1, 2, ... without a gap, and a token for every byte")
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the tiktoken file {file}: {error}") from error
         self.file = file
@@ -183,7 +194,9 @@ class TiktokenTokenizer:
         self.eos_id: int | None = self.specials["<|end_of_text|>"]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, np.uint32) for ids in self.encoding.encode_ordinary_batch(list(texts), num_threads=4)]
+        pieces = [_pieces(text) for text in texts]
+        ids = iter(self.encoding.encode_ordinary_batch([piece for parts in pieces for piece in parts], num_threads=4))
+        return [np.asarray([i for _ in parts for i in next(ids)], np.uint32) for parts in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         first_special = self.vocab_size - len(self.specials)
@@ -217,17 +230,32 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> HFTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((_valid(text) for text in texts), trainer)
     _save_hf(backend, folder, bos=BOS, eos=BOS)
     return HFTokenizer(folder)
+
+
+def _put_first(backend: tokenizers.Tokenizer, token: str) -> None:
+    """Let `backend` put `token` before every text."""
+    template, pair = f"{token} $A", f"{token} $A {token} $B"
+    special = [(token, backend.token_to_id(token))]
+    backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=special)
+
+
+def _read_settings(file: Path) -> dict:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"cannot read {file}: expected a JSON object")
+    return settings
 
 
 def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str) -> None:
     """tokenizer.json and tokenizer_config.json, so that `AutoTokenizer(text)` is BOS and then our ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
-    )
+    _put_first(backend, bos)
     backend.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -238,6 +266,33 @@ def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str) ->
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _pieces(text: str) -> list[str]:
+    """`text` in pieces without a run of more than 25,000 blanks or non-blanks: nearly always `text` itself.
+
+    Longer runs overflow the stack of tiktoken's regular expressions; Meta's own tokenizer cuts them at the same length.
+    """
+    if not _LONG_BLANKS.search(text) and all(len(word) <= LONGEST_RUN for word in text.split()):
+        return [text]
+    pieces: list[str] = []
+    was_blank = None
+    for run in re.findall(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}", text):
+        if run[0].isspace() == was_blank or not pieces:  # the rest of a run that was too long
+            pieces.append(run)
+        else:
+            pieces[-1] += run
+        was_blank = run[0].isspace()
+    return pieces
+
+
+def _valid(text: str) -> str:
+    """`text` with "?" for halves of surrogate pairs, which JSON may hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _stand_in(byte: int) -> str:

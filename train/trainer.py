@@ -228,7 +228,7 @@ class Trainer:
         self.check_weights_finite()
 
         def commit_in(folder: Path) -> Commit:
-            state = self.data.save(self.batches, folder, self.mesh.rank)
+            state = self.data.save(self.batches, folder, self.mesh.data_rank)
             return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint)
 
         path = self.checkpoints.save(self.step, commit_in)
