@@ -63,6 +63,8 @@ def shard(model: Llama, config: Config, mesh: Mesh) -> None:
     fully_shard(model, reshard_after_forward=False, **options)
     # The logits are a view where the vocabulary is padded, and nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if mesh.data_size == 1:
+        return  # nothing is divided by 1 process, and an explicit factor would cost a pass over all gradients
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
