@@ -1,6 +1,6 @@
 """What the trainer costs over the bare work: tokens/s of three loops that train the same model on the same rows.
 
-    python benchmarks/trainer_overhead.py [--size 60M --rounds 12 ...] [--training.global_batch_size 4 ...]
+    python benchmarks/trainer_overhead.py [--size 60M --rounds 8 ...] [--training.global_batch_size 4 ...]
 
 - `trainer`: `Trainer.run` as a job runs it, on one process: FSDP2, rows read ahead by a thread, gradient clipping, the
   check for non-finite steps, a metrics row every `metrics.log_interval` steps, its own garbage collection.
@@ -15,9 +15,8 @@ order while the other two wait. A ratio is taken inside a round, between blocks 
 the rounds says how far to believe its median.
 
 Before anything is timed, the losses of the first steps from equal weights must agree, or the script fails: `bare` with
-`trainer` at every warm-up step (so clipping and optimizer agree too), `transformers` at the first (it also decays the
-embedding). On CUDA all compute in bfloat16 and keep float32 weights: `bare` with a bfloat16 copy, as FSDP does,
-`transformers` by autocast.
+`trainer` at every warm-up step (so clipping and optimizer agree too), `transformers` at the first (it decays embeddings).
+On CUDA all compute in bfloat16 and keep float32 weights: `bare` by a bfloat16 copy, as FSDP, `transformers` by autocast.
 """
 
 from __future__ import annotations
@@ -51,22 +50,22 @@ from torch import Tensor, nn  # noqa: E402
 from models.hf import hf_config, strip_padding  # noqa: E402
 from models.llama import Llama  # noqa: E402
 from models.sizes import num_parameters  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
 from parallel.apply import compute_dtype  # noqa: E402
 from parallel.init import init_weights  # noqa: E402
+from parallel.mesh import choose_device  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
 from train.data import RandomRows, RowBatches  # noqa: E402
+from train.job import run_job  # noqa: E402
 from train.loss import inputs_and_targets, next_token_loss_sum  # noqa: E402
-from train.metrics import Recorder  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
 
 WARM_STEPS = 4  # compilation and the optimizer's state; their losses are compared
 MEMORY_STEPS = 8  # steps after which the rows in memory repeat
 SETTLE_STEPS = 1  # untimed, at the start of each block: refills caches and the allocator after the others' turn
-# By how much the losses (about 10 nats) of bare and of transformers may differ from the trainer's.
-TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-3, 1e-2)}
+# By how much a loss (about 10 nats) may differ from the trainer's, in float32 and in bfloat16.
+TOLERANCES = {"bare": (1e-4, 1e-3), "transformers": (1e-4, 1e-2)}
 
 
 class Turns:
@@ -103,20 +102,17 @@ class Turns:
 
 
 def run_trainer(config: Config, turns: Turns) -> None:
-    """The project's own loop, built as `train/job.py` does."""
+    """The project's own loop, in a whole job."""
+    train_step = Trainer.train_step
 
-    class Timed(Trainer):
-        def train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-            turns.begin_step()
-            loss, grad_norm = super().train_step(rows)
-            turns.note(loss)
-            return loss, grad_norm
+    def timed(trainer: Trainer, rows: Tensor) -> tuple[Tensor, Tensor]:
+        turns.begin_step()
+        loss, grad_norm = train_step(trainer, rows)
+        turns.note(loss)
+        return loss, grad_norm
 
-    shape = named_shape(config.model)
-    rows = RandomRows(shape.vocab_size, config.run.seed)
-    trainer = Timed(config, meshes.start(config.run.device, 1, 1), shape, None, rows, None)
-    trainer.folder.write_config(config)
-    trainer.run(Recorder(config, trainer.folder.path, True, trainer.total_steps, False))
+    Trainer.train_step = timed
+    run_job(config)
 
 
 def run_bare(config: Config, turns: Turns) -> None:
@@ -158,8 +154,8 @@ def run_transformers(config: Config, turns: Turns) -> None:
     shape, training, optimizer = named_shape(config.model), config.training, config.optimizer
     source = Llama(shape, context=training.sequence_length)
     init_weights(source, config.run.seed)
-    hf_shape = transformers.LlamaConfig(**hf_config(shape, training.sequence_length, None, [], "float32"))
-    model = transformers.LlamaForCausalLM(hf_shape)
+    hf_values = hf_config(shape, training.sequence_length, None, [], "float32")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_values))
     model.load_state_dict({name: strip_padding(name, tensor, shape) for name, tensor in source.state_dict().items()})
     examples = [
         {"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]} for row in torch.cat(memory_batches(config))
@@ -216,10 +212,10 @@ def measure(config: Config, rounds: int, steps: int) -> tuple[dict[str, list[flo
             context.Process(target=work, args=(name, config, steps, theirs), name=name).start()
             theirs.close()
             losses[name] = connections[name].recv()
-        tolerances = TOLERANCES[compute_dtype(config, torch.device(config.run.device))]
-        for name, compared, tolerance in zip(names[1:], (WARM_STEPS, 1), tolerances):
+        half = compute_dtype(config, torch.device(config.run.device)) == torch.bfloat16
+        for name, compared in (("bare", WARM_STEPS), ("transformers", 1)):
             pairs = zip(losses["trainer"][:compared], losses[name][:compared], strict=True)
-            if not max(abs(ours - theirs) for ours, theirs in pairs) <= tolerance:
+            if not max(abs(ours - theirs) for ours, theirs in pairs) <= TOLERANCES[name][half]:
                 raise SystemExit(f"{name} does other work than the trainer: losses {losses}")
         for r in range(rounds):
             for name in names[r % 3 :] + names[: r % 3]:
@@ -246,42 +242,37 @@ def parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--family", default="clm")
     parser.add_argument("--size", default="60M", help="on CPU in batches of 4 x 256 tokens, on CUDA of 48 x 2048")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps-per-round", type=int, default=10, help="timed steps of each loop in each round")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/trainer_overhead_DEVICE.json")
     options, flags = parser.parse_known_args()
-    device = meshes.choose_device(options.device, 0).type
+    device = choose_device(options.device).type
     batch, length = (48, 2048) if device == "cuda" else (4, 256)
-    # One step more than is timed: the last block ends where the next would begin.
+    # One step more than is timed (a block ends where the next begins); a constant rate, so that the losses can agree.
     steps = WARM_STEPS + options.rounds * (SETTLE_STEPS + options.steps_per_round) + 1
-    # A constant learning rate, so that the losses can agree, and nothing but training.
     ours = f"""--run.device {device} --model.name {options.family} --model.size {options.size} --data.source random
         --training.global_batch_size {batch} --training.sequence_length {length} --training.steps {steps}
         --schedule.warmup_steps 0 --schedule.min_lr_ratio 1.0 --validation.interval 0 --checkpoint.interval 0"""
     config = load_config([], ours.split() + flags, world_size=1)
-    if options.rounds < 1 or options.steps_per_round % config.metrics.log_interval:
-        parser.error(
-            f"--rounds: at least 1; --steps-per-round: a multiple of {config.metrics.log_interval} (log_interval)"
-        )
+    if options.steps_per_round % config.metrics.log_interval:
+        parser.error(f"--steps-per-round must be a multiple of metrics.log_interval {config.metrics.log_interval}")
     return options, config
 
 
 def main() -> None:
     options, config = parse()
-    shape, steps, load = named_shape(config.model), options.steps_per_round, os.getloadavg()
+    shape, steps, load_before = named_shape(config.model), options.steps_per_round, os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
         losses, seconds = measure(config, options.rounds, steps)
-    rates = {
-        variant: [steps * config.tokens_per_step / block for block in blocks] for variant, blocks in seconds.items()
-    }
+    tokens = steps * config.tokens_per_step
+    rates = {name: [tokens / block for block in blocks] for name, blocks in seconds.items()}
     ratios = {f"trainer/{v}": [a / b for a, b in zip(rates["trainer"], rates[v])] for v in ("bare", "transformers")}
-    device = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    if config.run.device == "cuda":
-        device = torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    device = torch.cuda.get_device_name() if config.run.device == "cuda" else cpu
     result = {
         "date": datetime.now(UTC).date().isoformat(), "device": device, "threads": torch.get_num_threads(),
-        "load_average": [load, os.getloadavg()], "versions": {p: version(p) for p in ("torch", "transformers")},
+        "load_average": [load_before, os.getloadavg()], "versions": {p: version(p) for p in ("torch", "transformers")},
         "model": f"{options.family} {options.size}", "shape": asdict(shape), "parameters": num_parameters(shape),
         "compute_dtype": str(compute_dtype(config, torch.device(config.run.device))).removeprefix("torch."),
         "batch_size": config.training.global_batch_size, "sequence_length": config.training.sequence_length,

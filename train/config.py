@@ -89,7 +89,7 @@ class SourceConfig(Section):
     source: Literal["embedded", "files", "hub", "random"] = "embedded"
     """embedded: source text of this Python's standard library; files: `paths`; hub: `dataset`; random: noise for benchmarks."""
     paths: list[str] = []
-    """files: globs of .txt, .jsonl or .parquet (also .gz, .zst where Python can read them)."""
+    """files: globs of .txt, .jsonl or .parquet (.txt and .jsonl also with .gz)."""
     validation_paths: list[str] = []
     """files: globs of the held-out text; default: a share of every .txt file's end and of the jsonl/parquet documents."""
     column: str = "text"
@@ -164,8 +164,8 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "wsd"] = "cosine"
     """Shape after warm-up: cosine or linear to the minimum, or wsd: warm-up, stable, then linear decay."""
-    warmup_steps: Count = 100
-    """Steps of linear warm-up."""
+    warmup_steps: Count | None = None
+    """Steps of linear warm-up; default a tenth of the run, at most 100."""
     decay_fraction: Fraction = 0.2
     """wsd: share of the run, at its end, in which the rate decays."""
     min_lr_ratio: Fraction = 0.1

@@ -77,7 +77,7 @@ def _length(config: Config, shape: LlamaShape | None) -> Iterator[Problem]:
     if shape is None:
         return
     steps = total_steps(config, shape)
-    if config.schedule.warmup_steps > steps:
+    if config.schedule.warmup_steps is not None and config.schedule.warmup_steps > steps:
         yield Problem(f"longer than the run of {steps} steps", "schedule.warmup_steps", config.schedule.warmup_steps)
     if config.training.sequence_length > shape.max_context and config.model.name == "llama3":
         yield Problem(

@@ -210,6 +210,8 @@ def _field_type(key: str) -> Any:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
             return None
         model = model.model_fields[part].annotation
+        choices = [choice for choice in typing.get_args(model) if choice is not type(None)]
+        model = choices[0] if len(choices) == 1 and type(None) in typing.get_args(model) else model
     return model
 
 

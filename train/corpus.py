@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,10 @@ class DocumentStream:
 
     def __iter__(self) -> Iterator[Document]:
         for document in self._documents:
-            limited = self.source.max_documents and self.consumed >= self.source.max_documents
-            if limited and not (document.held_out and self.source.validation_paths):
-                if not self.source.validation_paths:
-                    return
-                continue  # named validation files come after the limited ones
+            # Named validation files are not limited; `_files` limits the training documents before them.
+            limited = self.source.max_documents and not self.source.validation_paths
+            if limited and self.consumed >= self.source.max_documents:
+                return
             self.consumed += 1
             yield document
 
@@ -147,22 +147,26 @@ def _ending(path: Path) -> str:
 
 
 def _files(source: SourceConfig) -> Iterator[Document]:
-    fraction = 0.0 if source.validation_paths else source.validation_fraction
+    validation = _matches(source.validation_paths, "validation_paths")
+    held_out = {path.resolve() for path in validation}  # a glob of everything may well match them
+    training = [path for path in _matches(source.paths, "paths") if path.resolve() not in held_out]
+    limit = source.max_documents if validation and source.max_documents else None
+    yield from islice(_training_files(source, training, 0.0 if validation else source.validation_fraction), limit)
+    for path in validation:
+        texts = [_read_text(path)] if _ending(path) == "txt" else _records(path, source.column)
+        for text in texts:
+            yield Document(text, held_out=True)
+
+
+def _training_files(source: SourceConfig, paths: list[Path], fraction: float) -> Iterator[Document]:
     number = 0
-    held_out = _matches(source.validation_paths, "validation_paths")
-    for path in _matches(source.paths, "paths"):
-        if path in held_out:
-            continue  # a glob of everything may well match it
+    for path in paths:
         if _ending(path) == "txt":
             yield from _text_file(path, fraction)
             continue
         for text in _records(path, source.column):
             yield Document(text, is_held_out(str(number), fraction))
             number += 1
-    for path in held_out:
-        texts = [_read_text(path)] if _ending(path) == "txt" else _records(path, source.column)
-        for text in texts:
-            yield Document(text, held_out=True)
 
 
 def _text_file(path: Path, fraction: float) -> Iterator[Document]:

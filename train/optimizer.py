@@ -36,9 +36,10 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     then cosine or linear to `min_lr_ratio` of the peak at the last step, or (wsd) constant until the last
     `decay_fraction` of the run and linear from there.
     """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    start = schedule.warmup_steps
+    warmup = min(100, total // 10) if schedule.warmup_steps is None else schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = warmup
     if schedule.name == "wsd":
         start = max(start, total - max(1, round(schedule.decay_fraction * total)))
     # From the peak at step `start` - 1 to the minimum at step `total` - 1.

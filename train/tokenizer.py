@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,6 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LONGEST_RUN = 25_000
-_LONG_BLANKS = re.compile(rf"\s{{{LONGEST_RUN + 1}}}")
 BOS = "<|begin_of_text|>"
 
 
@@ -273,17 +273,12 @@ def _pieces(text: str) -> list[str]:
 
     Longer runs overflow the stack of tiktoken's regular expressions; Meta's own tokenizer cuts them at the same length.
     """
-    if not _LONG_BLANKS.search(text) and all(len(word) <= LONGEST_RUN for word in text.split()):
+    if len(text) <= LONGEST_RUN:
         return [text]
-    pieces: list[str] = []
-    was_blank = None
-    for run in re.findall(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}", text):
-        if run[0].isspace() == was_blank or not pieces:  # the rest of a run that was too long
-            pieces.append(run)
-        else:
-            pieces[-1] += run
-        was_blank = run[0].isspace()
-    return pieces
+    cuts = [0]
+    for run in re.finditer(r"\s+|\S+", text):
+        cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
 def _valid(text: str) -> str:

@@ -101,7 +101,7 @@ def test_the_order_is_a_new_permutation_for_every_epoch_seed_and_source(tmp_path
 
 
 def test_the_order_does_not_change_with_the_version_of_numpy(tmp_path):
-    """A run resumes on what is installed then: if this fails, numpy's permutation is another one, and so are the rows."""
+    """A run may resume on a newer numpy: if this fails, its permutation is another one, and so are the rows."""
     rows = corpus(tmp_path, 801, key=(1234, 0))
     assert [start // T for start in starts(rows, range(8))] == [26, 86, 84, 56, 66, 40, 89, 81]
     assert [start // T for start in starts(rows, range(100, 108))] == [13, 28, 88, 53, 18, 59, 12, 46]
@@ -274,6 +274,7 @@ class Failing:
         out[:] = i
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("good_steps", [0, 1, 5])
 def test_a_readers_failure_reaches_the_consumer_in_its_turn(good_steps):
     reader = RowBatches(Failing(8 * good_steps + 3), configuration(), 0, 1, first_step=0, pin=False)
@@ -286,6 +287,7 @@ def test_a_readers_failure_reaches_the_consumer_in_its_turn(good_steps):
     reader.close()
 
 
+@pytest.mark.timeout(60)
 def test_closing_stops_the_thread_though_nobody_takes_its_batches(tmp_path):
     rows, _ = mixture(tmp_path, [1.0])
     reader = RowBatches(rows, configuration(), 0, 1, first_step=0, pin=False)

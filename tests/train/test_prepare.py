@@ -251,6 +251,18 @@ def test_a_validation_file_that_the_training_globs_match_is_not_trained_on(confi
     assert not any("validate" in text for text in texts_of(read_split(folder, "train")))
 
 
+def test_another_spelling_of_a_validation_file_is_not_trained_on_either(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("train on this\n")
+    (tmp_path / "valid.txt").write_text("validate on this\n")
+    (tmp_path / "link.txt").symlink_to("valid.txt")
+    monkeypatch.chdir(tmp_path)
+    source = SourceConfig(source="files", paths=["*.txt"], validation_paths=[str(tmp_path / "valid.txt")])
+    assert [(document.text, document.held_out) for document in documents(source)] == [
+        ("train on this\n", False),
+        ("validate on this\n", True),
+    ]
+
+
 def test_a_limit_leaves_the_named_validation_files(configure, tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "b.jsonl", ["held out"] * 5)
     flags = ["--data.validation_paths", json.dumps([str(b)]), "--data.max_documents", 30]
@@ -489,6 +501,22 @@ def test_a_prepare_interrupted_twice_does_not_start_from_the_beginning(configure
     [folder] = quietly(config)
     assert len(counted) == 80 + 200 - second
     assert contents(folder) == uninterrupted
+
+
+def test_an_interrupted_prepare_with_a_limit_and_validation_files_goes_on_to_identical_shards(
+    configure, tmp_path, small_files, monkeypatch
+):
+    """What the limit leaves out stands between the two kinds of documents, and is no part of the position."""
+    a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
+    flags = ["--data.validation_paths", json.dumps([str(b)]), "--data.max_documents", 50]
+    expected = contents(quietly(configure(*flags, "--data.dir", tmp_path / "other", paths=[a]))[0])
+    config = configure(*flags, paths=[a])
+    interrupt_after(monkeypatch, SplitWriter, "add", 200)
+    with pytest.raises(Interrupted):
+        quietly(config)
+    [folder] = quietly(config)
+    assert len(texts_of(read_split(folder, "validation"))) == len(TEXTS)
+    assert contents(folder) == expected
 
 
 def test_an_interrupted_prepare_of_changed_text_starts_from_the_beginning(

@@ -206,6 +206,14 @@ def test_a_million_equal_characters_are_encoded(tokenizer, character):
     assert tokenizer.decode(ids_of(tokenizer, text)) == text
 
 
+@pytest.mark.timeout(20)
+def test_a_long_run_in_a_long_document_takes_linear_time(tmp_path):
+    """A second or two; joining millions of words one by one onto a growing string would take minutes."""
+    (tmp_path / "bytes.model").write_text("\n".join(ALL_BYTES))
+    text = "word " * 800_000 + " " * 30_000
+    assert len(load_tokenizer("tiktoken", str(tmp_path / "bytes.model")).encode_batch([text])[0]) == len(text)
+
+
 def test_saved_files_restore_the_tokenizer(tokenizer, tmp_path, text):
     kind = {"ByteTokenizer": "bytes", "TiktokenTokenizer": "tiktoken"}.get(type(tokenizer).__name__, "hf")
     tokenizer.save(tmp_path / "saved")
