@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -51,3 +52,18 @@ def run_here(tmp_path, text_corpus):
         return read_metrics(tmp_path / name)
 
     return run
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A configuration with the byte tokenizer and shards under `tmp_path`; later flags win."""
+
+    from train.config_sources import load_config
+
+    def configuration(*flags: object, paths: list[Path] | None = None):
+        plain = ["--data.dir", tmp_path / "data", "--tokenizer.kind", "bytes", "--training.sequence_length", 16]
+        if paths is not None:
+            plain += ["--data.source", "files", "--data.paths", json.dumps([str(path) for path in paths])]
+        return load_config([], [str(flag) for flag in [*plain, *flags]])
+
+    return configuration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -79,3 +80,19 @@ def read_metrics(run: Path) -> list[dict]:
 def losses(rows: list[dict]) -> list[tuple[int, float]]:
     """(step, loss) of training and validation rows."""
     return [(row["step"], row.get("loss", row.get("val_loss"))) for row in rows]
+
+
+def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
+    lines = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts))
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines, encoding="utf-8")
+    return path
+
+
+def quietly(config) -> list[Path]:
+    """`prepare` without its messages."""
+    from train.prepare import prepare
+
+    return prepare(config, say=lambda text: None)
