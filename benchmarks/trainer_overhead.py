@@ -55,8 +55,9 @@ from parallel.init import init_weights  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
-from train.data import RandomRows, RowBatches  # noqa: E402
+from train.data import PreparedData, RandomRows, RowBatches  # noqa: E402
 from train.job import run_job  # noqa: E402
+from train.job import keep_freed_memory  # noqa: E402
 from train.loss import inputs_and_targets, next_token_loss_sum  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
