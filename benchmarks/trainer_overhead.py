@@ -55,9 +55,8 @@ from parallel.init import init_weights  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
-from train.data import PreparedData, RandomRows, RowBatches  # noqa: E402
+from train.data import RandomRows, RowBatches  # noqa: E402
 from train.job import run_job  # noqa: E402
-from train.job import keep_freed_memory  # noqa: E402
 from train.loss import inputs_and_targets, next_token_loss_sum  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
@@ -196,7 +195,7 @@ VARIANTS = {"trainer": run_trainer, "bare": run_bare, "transformers": run_transf
 def work(variant: str, config: Config, steps: int, connection: Connection) -> None:
     """A process that runs one variant; it ends when the other end of the connection closes."""
     torch.set_float32_matmul_precision("high" if config.run.device == "cuda" else "highest")  # as a job does
-    with contextlib.suppress(EOFError), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(EOFError, BrokenPipeError), contextlib.redirect_stdout(io.StringIO()):
         VARIANTS[variant](config, Turns(connection, torch.device(config.run.device), steps))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from evals.models import EvalModel
@@ -23,6 +25,10 @@ def generate(model: EvalModel, prompt: str, max_new_tokens: int, temperature: fl
         if start is None:
             raise ValueError("an empty prompt needs a tokenizer with a BOS or EOS token")
         ids = [start]
+    if len(ids) + max_new_tokens > model.context:
+        print(
+            f"note: the model was made for {model.context} tokens, this is {len(ids) + max_new_tokens}", file=sys.stderr
+        )
     tokens = torch.tensor([ids], device=model.model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 # transformers imports torchao, which reports each of its GPU libraries that a CPU cannot load.
 for _noisy in ("torchao", "torch.utils._pytree"):
@@ -16,6 +17,7 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
 
 
@@ -43,7 +45,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> Eva
     Raises:
         ValueError: the reference is none of these; RunFolderError, CheckpointError: the run cannot be read.
     """
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    place = choose_device(device)
     path = Path(reference)
     if is_run_or_checkpoint(path):
         trained = open_trained(path)
@@ -56,12 +58,26 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> Eva
         try:
             model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(reference)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = getattr(model.config, "max_position_embeddings", 2048), reference
     kind = kind if dtype == "auto" else getattr(torch, dtype)
-    return EvalModel(model.to(place, kind).eval(), tokenizer, context, name)
+    return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name)
+
+
+def _to(model: Any, place: torch.device, kind: torch.dtype) -> Any:
+    """`model.to` that leaves computed tables alone: rotary frequencies in bfloat16 turn distant positions at random."""
+    tables = [
+        (module, name, table)
+        for module in model.modules()
+        for name, table in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    model.to(place, kind)
+    for module, name, table in tables:
+        setattr(module, name, table.to(place))
+    return model
 
 
 def _from_run(trained: TrainedModel) -> tuple[Any, Any]:

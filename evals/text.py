@@ -39,6 +39,8 @@ def choose_protocol(model_context: int, context: int | None, stride: int | None)
         ValueError: a window shorter than 2 tokens, or a stride outside 1..context.
     """
     context = context or min(model_context, MAX_DEFAULT_CONTEXT)
+    if context > model_context:
+        raise ValueError(f"--context {context}: the model was made for at most {model_context} tokens")
     stride = stride or context
     if context < 2:
         raise ValueError(f"--context {context}: a window needs at least 2 tokens")
@@ -102,9 +104,10 @@ def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, b
     results: dict[str, Any] = {}
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8", errors="replace")
+            data = file.read_bytes()
         except OSError as error:
             raise ValueError(f"--text {file}: {error.strerror}") from error
+        text = data.decode("utf-8", "replace")
         encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor(encoded, dtype=torch.int64, device=model.model.device)
         if len(ids) < 2:
@@ -113,7 +116,7 @@ def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, b
         per_token = nats / scored
         results[str(file)] = {
             "perplexity": math.exp(min(per_token, 700.0)),
-            "bits_per_byte": per_token / math.log(2) * len(ids) / len(text.encode("utf-8")),
+            "bits_per_byte": per_token / math.log(2) * len(ids) / len(data),
             "tokens": scored,
         }
     return results

@@ -32,9 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # its warnings are about how we call it
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         if _is_user_error(error):
-            exit_with(error)
+            exit_with(_readable(error))
         raise
 
 
@@ -43,7 +45,13 @@ def _is_user_error(error: Exception) -> bool:
     from train.corpus import DataError
     from train.run_folder import RunFolderError
 
-    return isinstance(error, ValueError | CheckpointError | DataError | RunFolderError)
+    return isinstance(error, ValueError | OSError | CheckpointError | DataError | RunFolderError)
+
+
+def _readable(error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.strerror:
+        return OSError(f"{error.filename}: {error.strerror}")
+    return error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,13 +82,15 @@ def _eval_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="perplexity and bits per byte of text files, and lm-eval tasks")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files")
-    parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, at most 512)")
-    parser.add_argument("--stride", type=int, help="tokens between windows (default: the context, no overlap)")
+    parser.add_argument(
+        "--context", type=_positive, help="tokens per window (default: the model's context, at most 512)"
+    )
+    parser.add_argument("--stride", type=_positive, help="tokens between windows (default: the context, no overlap)")
     parser.add_argument("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file")
     parser.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval task definitions")
-    parser.add_argument("--limit", type=int, help="examples per task")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows or requests per forward")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--limit", type=_positive, help="examples per task")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
     parser.set_defaults(run=_eval)
@@ -90,18 +100,28 @@ def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts from BOS")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--max-new-tokens", type=_positive, default=128)
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.set_defaults(run=_generate)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
+    return float(text)
 
 
 def _config_command(command: str, arguments: list[str]) -> None:
     """`plan` and `prepare` take the same files and flags as a training run."""
-    extra = {
-        "plan": "  --world-size N   processes (default: this machine's GPUs, or 1)\n  --mfu X   assumed (default 0.4)\n"
-    }
+    extra = {"plan": "  --world-size N   processes (default 1)\n  --mfu X   assumed (default 0.4)\n"}
     if "--help" in arguments or "-h" in arguments:
         print(
             f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}"
@@ -119,12 +139,15 @@ def _config_command(command: str, arguments: list[str]) -> None:
             config = load_config(files, flags)
             from train.prepare import prepare
 
-            prepare(config)
+            if not prepare(config):
+                print("random data needs no preparation")
     except ConfigError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         if _is_user_error(error):
-            exit_with(error)
+            exit_with(_readable(error))
         raise
 
 
@@ -142,6 +165,8 @@ def _eval(options: argparse.Namespace) -> None:
     from evals.models import load_model
     from evals.report import print_results
 
+    if options.out:  # refused before the work rather than after it
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     model = load_model(options.model, options.device, options.dtype)
     result: dict[str, Any] = {"model": model.name, "transforms": [], "text": {}, "tasks": {}}
     if options.text:
@@ -157,7 +182,6 @@ def _eval(options: argparse.Namespace) -> None:
         result["tasks"] = evaluate_tasks(model, names, options.include_path, options.limit, options.batch_size)
     print_results(result)
     if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # The whole journey in a few minutes on a CPU: prepare, plan, train, export, evaluate, sample. `make train` runs it.
-#   launch/quickstart.sh [PROCESSES] [--section.field value ...]
+#   launch/quickstart.sh [PROCESSES]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 processes=${1:-2}
-shift || true
 run=outputs/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 echo "== text to tokens"
-newcompute prepare --config configs/quickstart.toml "$@"
+newcompute prepare --config configs/quickstart.toml
 echo "== what will run"
-newcompute plan --config configs/quickstart.toml --world-size "$processes" "$@"
+newcompute plan --config configs/quickstart.toml --world-size "$processes"
 echo "== training on $processes processes"
-launch/local.sh "$processes" --config configs/quickstart.toml "$@"
+launch/local.sh "$processes" --config configs/quickstart.toml
 echo "== export to a Hugging Face folder"
 newcompute export --run $run --out $run/export
 echo "== evaluation of the export, on text it has not seen"

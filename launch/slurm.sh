@@ -21,9 +21,12 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 # A collective that fails ends its process with an error instead of hanging the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
 
+# srun takes no --cpus-per-task over from sbatch since Slurm 22.05: without it all workers share one core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-96}
+
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes="$SLURM_NNODES" \
-  --nproc_per_node="${GPUS_PER_NODE:-8}" \
+  --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" \
   --rdzv_id="$SLURM_JOB_ID" \
   --rdzv_backend=c10d \
   --rdzv_endpoint="$head_node:$port" \

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,6 +84,8 @@ def shape_from_hf(folder: Path) -> LlamaShape:
         return _shape(config, file)
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}, which a Llama needs") from error
+    except (TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold a Llama's settings: {error}") from error
 
 
 def _shape(config: dict[str, Any], file: Path) -> LlamaShape:
@@ -132,7 +134,12 @@ class HFWeights:
             raise ValueError(
                 f"{folder} has no .safetensors file; other formats are not loaded, since they can run code"
             )
-        self._open = [safe_open(file, framework="pt") for file in files]
+        self._open = []
+        for file in files:
+            try:
+                self._open.append(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged or cut off: {error}") from error
         self._where = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - not a dict
 
     @property

@@ -92,6 +92,12 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
             raise CheckpointError(f"checkpoint.resume = {resume}: there is no such step; {available}")
         return steps[resume]
     path = Path(resume)
+    if (
+        steps
+        and folder.resolve() not in (path.resolve(), *path.resolve().parents)
+        and path.resolve() != folder.resolve().parent
+    ):
+        return steps[max(steps)]  # begun from that path before: the run's own progress counts
     if (path / COMMIT).exists():
         return path
     for candidate in (path / "checkpoints", path):
@@ -141,7 +147,11 @@ class Checkpoints:
         try:
             dcp.load(self._state(), storage_reader=dcp.FileSystemReader(path))
         except (CheckpointException, OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
+            others = [step for step in committed_steps(self.folder) if step != int(path.name.partition("-")[2] or -1)]
+            remedy = (
+                f"; other complete steps: {', '.join(map(str, others))} (--checkpoint.resume STEP)" if others else ""
+            )
+            raise CheckpointError(f"could not load {path}: {_root_cause(error)}{remedy}") from error
 
     def remove_torn(self) -> None:
         """Delete what interrupted saves have left (main process)."""
@@ -154,8 +164,8 @@ class Checkpoints:
         renamed = []
         for later, path in committed_steps(self.folder).items():
             if later > step:
-                target = path.with_name(path.name + ".superseded")
-                shutil.rmtree(target, ignore_errors=True)
+                names = (f"{path.name}.superseded{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+                target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
                 renamed.append(path.rename(target))
         return renamed
 
@@ -186,6 +196,8 @@ class Checkpoints:
     def _advice(self, problem: str) -> str:
         steps = committed_steps(self.folder)
         last = f"the last complete one is step {max(steps)}" if steps else "there is no complete one yet"
+        free = shutil.disk_usage(self.folder if self.folder.exists() else ".").free / 2**30
+        last += f"; {free:.1f} GiB are free there"
         return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command."
 
     def _remove_old(self) -> None:
@@ -245,11 +257,12 @@ def _commit(path: Path, commit: Commit) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / COMMIT)
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    for folder in (path, path.parent):  # the marker's name, and the step's
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _root_cause(error: BaseException) -> str:

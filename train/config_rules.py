@@ -14,7 +14,8 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     shape, problems = _shape(config)
     yield from problems
     yield from _sources(config)
-    yield from _length(config, shape)
+    if shape is not None:
+        yield from length_problems(config, shape)
     if world_size is not None:
         yield from _layout(config, world_size)
     resume = config.checkpoint.resume
@@ -73,18 +74,16 @@ def _sources(config: Config) -> Iterator[Problem]:
         yield Problem("streaming needs a tokenizer that exists: bytes, hf or tiktoken", "tokenizer.kind", "bpe")
 
 
-def _length(config: Config, shape: LlamaShape | None) -> Iterator[Problem]:
-    if shape is None:
-        return
+def length_problems(config: Config, shape: LlamaShape) -> Iterator[Problem]:
+    """What the shape says of lengths; asked again once tokenizer or imported weights have given the final shape."""
     steps = total_steps(config, shape)
     if config.schedule.warmup_steps is not None and config.schedule.warmup_steps > steps:
         yield Problem(f"longer than the run of {steps} steps", "schedule.warmup_steps", config.schedule.warmup_steps)
-    if config.training.sequence_length > shape.max_context and config.model.name == "llama3":
-        yield Problem(
-            f"longer than the model's context of {shape.max_context}",
-            "training.sequence_length",
-            config.training.sequence_length,
-        )
+    # The sizes of clm name the context they were published with; their rotary table can be of any length.
+    limited = config.model.name == "llama3" or config.model.init_from
+    if limited and config.training.sequence_length > shape.max_context:
+        message = f"longer than the model's context of {shape.max_context}"
+        yield Problem(message, "training.sequence_length", config.training.sequence_length)
 
 
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:

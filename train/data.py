@@ -65,7 +65,7 @@ class CorpusRows:
 
     def __init__(self, tokens: TokenFile, sequence_length: int, key: tuple[int, ...]):
         self.tokens, self.sequence_length, self.key = tokens, sequence_length, key
-        self.count = (len(tokens) - 1) // sequence_length
+        self.count = max(0, len(tokens) - 1) // sequence_length
         self._order: tuple[int, np.ndarray] | None = None
 
     def epoch(self, i: int) -> int:
@@ -316,7 +316,10 @@ def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
     Raises:
         DataError: the state belongs to other data, another seed, or another batch size that does not meet a step's start.
     """
-    saved = DataState(**state)
+    try:
+        saved = DataState(**state)
+    except TypeError as error:
+        raise DataError(f"the checkpoint's record of its data is damaged: {error}") from error
     if saved.fingerprint != rows.fingerprint:
         raise DataError("the checkpoint was trained on other data (corpus, weights or sequence length differ)")
     if saved.seed != config.run.seed:

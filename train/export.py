@@ -89,7 +89,7 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
     """
     if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
         raise ValueError(f"{out} is not empty and was not written by `newcompute export`: choose another --out")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.export")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config = model.hf_config(dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +15,11 @@ import torch.distributed as dist
 from models.hf import shape_from_hf
 from models.sizes import LlamaShape, num_parameters
 from parallel import mesh as meshes
+from parallel.apply import compute_dtype
 from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, named_shape
-from train.config_rules import resolve_degrees
+from train.config_rules import length_problems, resolve_degrees
+from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
 from train.metrics import Recorder
@@ -46,24 +50,44 @@ def run_job(config: Config) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
     try:
-        meshes.choose_device(config.run.device)
-        if rank == 0:
-            _check_before_start(config, folder)
-        mesh = meshes.start(
-            config.run.device, *resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size)
-        )
-    except (DataError, RunFolderError, CheckpointError, ValueError) as error:
-        raise JobError(str(error), EXIT_SETUP) from error
+        with _explained(folder, checkpoint_code=EXIT_SETUP):
+            meshes.choose_device(config.run.device)
+            if rank == 0:
+                _check_before_start(config, folder)
+                folder.lock()
+            degrees = resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size)
+            mesh = meshes.start(config.run.device, *degrees)
+        try:
+            with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
+                _train(config, mesh, folder)
+        finally:
+            dist.destroy_process_group()
+    finally:
+        folder.unlock()
+
+
+@contextmanager
+def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
+    """Turn every error that a user can do something about into a `JobError`."""
     try:
-        _train(config, mesh, folder)
-    except (DataError, RunFolderError, ValueError) as error:
-        raise JobError(str(error), EXIT_SETUP) from error
+        yield
     except NonFinite as error:
         raise JobError(str(error), EXIT_NON_FINITE) from error
     except CheckpointError as error:
-        raise JobError(str(error), EXIT_CHECKPOINT) from error
-    finally:
-        dist.destroy_process_group()
+        raise JobError(str(error), checkpoint_code) from error
+    except (ConfigError, DataError, RunFolderError, ValueError) as error:
+        raise JobError(str(error), EXIT_SETUP) from error
+    except OSError as error:
+        raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", EXIT_SETUP) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise JobError(
+            f"out of memory: {str(error).splitlines()[0]}\n  Try a smaller training.micro_batch_size, "
+            'activation_checkpointing.mode = "selective" or "full", or more parallel.shard; '
+            "`newcompute plan` estimates the memory.",
+            EXIT_SETUP,
+        ) from error
 
 
 def _check_before_start(config: Config, folder: RunFolder) -> None:
@@ -93,22 +117,23 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
     data = _training_data(config, mesh, tokenizer, shape)
-    if mesh.is_main:
-        folder.write_config(config)
-        if tokenizer is not None:
-            tokenizer.save(folder.tokenizer)
-
     trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights)
     resumed_from = trainer.resume()
     if mesh.is_main:
+        # Only now, so that a start which fails leaves a folder that a corrected one may use.
+        folder.write_config(config)
+        if tokenizer is not None:
+            tokenizer.save(folder.tokenizer)
         trainer.checkpoints.remove_torn()
         for path in trainer.checkpoints.set_aside_after(trainer.step):
-            print(f"set aside {path}: this run goes on from step {trainer.step}")
+            print(f"set aside {path}: this run goes on from step {trainer.step} (checkpoint.resume says so each time)")
         folder.cut_metrics_after(trainer.step)
-    recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, resumed_from is not None)
+    recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, trainer.step + 1)
     try:
         recorder.say(_headline(config, shape, mesh, trainer))
         recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")
+        if trainer.step >= trainer.last_step:
+            recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")
         trainer.run(recorder)
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
@@ -141,6 +166,9 @@ def resolve_shape(config: Config, tokenizer: Tokenizer | None) -> tuple[LlamaSha
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary is {shape.vocab_size}: use the "
             "model's own tokenizer, or leave model.shape.vocab_size out"
         )
+    problems = list(length_problems(config, shape))
+    if problems:
+        raise ConfigError(problems)
     return shape, source
 
 
@@ -179,7 +207,7 @@ def _set_determinism(config: Config, device: torch.device) -> None:
     if config.run.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
+    if device.type == "cuda" and compute_dtype(config, device) != torch.float32:
         torch.set_float32_matmul_precision("high")
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 # torchrun puts train/ itself first on the path, and an editable install comes last, behind any other "models" package.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
-from train.config_sources import ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
+from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,10 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         run_job(config)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     except JobError as error:
-        # Once per node: a node's own trouble (too few GPUs, say) is unknown to the main process.
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            raise SystemExit(error.code) from None
+        if not is_main:
+            # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
+            # first. What only this process met is said a little later.
+            time.sleep(3 if error.code == EXIT_CONFIG else 15)
+            error = type(error)(f"process {os.environ['RANK']}: {error}", error.code)
         exit_with(error, error.code)
 
 

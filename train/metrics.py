@@ -71,7 +71,7 @@ class Throughput:
 class Recorder:
     """Writes metrics of the main process; on the others it does nothing."""
 
-    def __init__(self, config: Config, folder: Path, active: bool, total_steps: int, resumed: bool):
+    def __init__(self, config: Config, folder: Path, active: bool, total_steps: int, first_step: int):
         self.active = active
         self._sinks: list[Any] = []
         if not active:
@@ -79,9 +79,9 @@ class Recorder:
         self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._screen = _Screen(total_steps)
         if config.metrics.wandb:
-            self._sinks.append(_WandbSink(config, folder, resumed))
+            self._sinks.append(_WandbSink(config, folder, resumed=first_step > 1))
         if config.metrics.tensorboard:
-            self._sinks.append(_TensorboardSink(folder))
+            self._sinks.append(_TensorboardSink(folder, first_step))
 
     def say(self, text: str) -> None:
         if self.active:
@@ -165,16 +165,18 @@ class _WandbSink:
     def __init__(self, config: Config, folder: Path, resumed: bool):
         import wandb
 
-        settings = wandb.Settings(console="off")
-        self._run = wandb.init(
-            project=config.metrics.wandb_project,
-            name=config.run.name,
-            dir=folder,
-            config=config.model_dump(),
-            id=_stable_id(folder),
-            resume="allow" if resumed else None,
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.metrics.wandb_project,
+                name=config.run.name,
+                dir=folder,
+                config=config.model_dump(),
+                id=_stable_id(folder),
+                resume="allow" if resumed else None,
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.Error as error:
+            raise ValueError(f"metrics.wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
     def record(self, row: dict[str, Any]) -> None:
         self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
@@ -194,10 +196,11 @@ def _stable_id(folder: Path) -> str:
 
 
 class _TensorboardSink:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # What an interrupted run wrote beyond the checkpoint is taken back.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def record(self, row: dict[str, Any]) -> None:
         for key, value in row.items():

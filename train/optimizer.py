@@ -41,7 +41,8 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
         return peak * (step + 1) / warmup
     start = warmup
     if schedule.name == "wsd":
-        start = max(start, total - max(1, round(schedule.decay_fraction * total)))
+        decay = max(1, round(schedule.decay_fraction * total)) if schedule.decay_fraction > 0 else 0
+        start = max(start, total - decay)
     # From the peak at step `start` - 1 to the minimum at step `total` - 1.
     progress = min(1.0, max(0.0, (step - start + 1) / max(1, total - start)))
     if schedule.name == "cosine":

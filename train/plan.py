@@ -21,7 +21,7 @@ from models.sizes import (
     peak_flops,
 )
 from train.config import Config, named_shape, total_steps
-from train.config_rules import resolve_degrees
+from train.config_rules import length_problems, resolve_degrees
 from train.config_sources import ConfigError, Problem, load_config
 from train.corpus import DataError
 
@@ -90,6 +90,9 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
     mfu = _number(options, "--mfu", 0.4, float)
     config = load_config(files, flags, world_size)
     shape, vocabulary_note = _shape(config)
+    problems = list(length_problems(config, shape))
+    if problems:
+        raise ConfigError(problems)
     print("\n".join(plan_lines(config, shape, vocabulary_note, world_size, mfu)))
 
 
@@ -160,8 +163,10 @@ def _number(options: dict[str, str], name: str, default, kind):
         value = kind(text)
     except ValueError:
         value = 0
-    if value <= 0:
-        raise ConfigError([Problem("expected a positive number", origin=f"{name} {text}")])
+    highest = 1.0 if name == "--mfu" else float("inf")
+    if not 0 < value <= highest or value == float("inf"):
+        allowed = "a share above 0 and at most 1" if name == "--mfu" else "a positive number"
+        raise ConfigError([Problem(f"expected {allowed}", origin=f"{name} {text}")])
     return value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli
 
@@ -43,6 +44,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
@@ -66,6 +68,26 @@ class RunFolder:
                 "  Choose another run.name, or give the same configuration to continue this run."
             )
 
+    def lock(self) -> None:
+        """Keep other jobs out until `unlock`, or until this process ends however it ends.
+
+        Raises:
+            RunFolderError: another job is using the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the job
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
+            ) from None
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def read_config(self) -> Config:
         """
         Raises:
@@ -85,7 +107,7 @@ class RunFolder:
         if not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -288,7 +289,10 @@ class StreamBatches:
 
 def write_state(folder: Path, rank: int, state: State) -> None:
     """Write one rank's state into a checkpoint that is not committed yet."""
-    (folder / f"stream-rank-{rank:05d}.json").write_text(json.dumps(state), encoding="utf-8")
+    with open(folder / f"stream-rank-{rank:05d}.json", "w", encoding="utf-8") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_state(folder: Path, rank: int) -> State:

@@ -273,7 +273,8 @@ class Trainer:
         last = f"step {max(steps)} in {self.folder.checkpoints}" if steps else "none"
         return (
             f"{problem}. Last good checkpoint: {last}; no checkpoint was written from non-finite state.\n"
-            "  Try a lower optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm; to look at the "
+            "  Under another run.name (with checkpoint.resume = that checkpoint's path to go on from there), try a lower "
+            "optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm; to look at the "
             "text of that step, its rows follow from run.seed and the step."
         )
 

@@ -132,3 +132,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
         main(["eval", "--model", str(tmp_path), "--text", __file__])
     assert stopped.value.code == 2
     assert "neither a run, a checkpoint nor a Hugging Face folder" in capsys.readouterr().err
+
+
+def test_a_model_in_bfloat16_keeps_its_rotary_frequencies(real_inputs):
+    from models.llama import rope_frequencies
+
+    model = load_model(str(real_inputs / "stories260K"), "cpu", "bfloat16").model
+    assert model.dtype == torch.bfloat16
+    frequencies = model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    torch.testing.assert_close(frequencies, rope_frequencies(shape_from_hf(real_inputs / "stories260K")))

@@ -91,3 +91,54 @@ def test_empty_text_file_is_named(tmp_path, capsys):
               "--data.paths", f'["{tmp_path}/*.txt"]'])  # fmt: skip
     assert stopped.value.code == 2
     assert f"there is no text to train on in {tmp_path / 'empty.txt'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--mfu", "7"], "expected a share above 0 and at most 1"),
+        (["plan", "--world-size", "0"], "expected a positive number"),
+        (
+            ["plan", "--model.init_from", "hf:{inputs}/stories260K", "--training.sequence_length", "999"],
+            "context of 512",
+        ),
+        (["export", "--run", "no/such/run", "--out", "x"], "neither a run folder"),
+        (["generate", "--model", "{inputs}/stories260K", "--temperature", "-1"], "at least 0"),
+        (["generate", "--model", "{inputs}/stories260K", "--device", "cuda"], "PyTorch sees no CUDA GPU here"),
+        (["eval", "--model", "{inputs}/stories260K", "--text", __file__, "--context", "0"], "at least 1"),
+        (["eval", "--model", "{inputs}/stories260K", "--text", __file__, "--context", "9999"], "at most 512 tokens"),
+    ],
+)
+def test_bad_options_of_the_commands_are_refused(arguments, message, real_inputs, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(inputs=real_inputs) if "{" in argument else argument for argument in arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_model_file_is_named(real_inputs, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(real_inputs / "stories260K", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model", str(tmp_path / "model")])
+    assert stopped.value.code == 2
+    assert str(tmp_path / "model") in capsys.readouterr().err
+
+
+def test_a_process_that_fails_alone_says_so(tmp_path, text_corpus):
+    """The stream's second file is read by the second process only."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    good = '{"text": "' + "words and words " * 400 + '"}\n'
+    (folder / "a.jsonl").write_text(good * 20)
+    (folder / "b.jsonl").write_text("{broken\n")
+    flags = tiny_flags(
+        tmp_path, text_corpus, data__paths=f'["{folder}/*.jsonl"]', data__streaming="true", validation__interval=0
+    )
+    done = run_python("train/main.py", *flags, processes=2, check=False)
+    assert done.returncode != 0
+    assert "b.jsonl:1: expected a JSON object" in done.stderr

@@ -170,3 +170,38 @@ def test_a_killed_run_resumes_from_a_complete_step(run_here, tmp_path, text_corp
     straight = run_here("straight", **killed_settings(kills), checkpoint__interval=0)
     kill_and_resume(tmp_path, text_corpus, kills, seed=kills)
     assert losses(read_metrics(tmp_path / "killed")) == losses(straight)
+
+
+def test_a_start_from_another_run_is_made_once(run_here, tmp_path):
+    """The same command started again, as a scheduler does, goes on with the run's own progress."""
+    run_here("base", training__stop_after=5)
+    path = str(tmp_path / "base" / "checkpoints" / "step-00000005")
+    run_here("fork", training__stop_after=15, checkpoint__resume=path)
+    rows = run_here("fork", checkpoint__resume=path)
+    assert [step for step, _ in losses(rows)][-1] == 20
+    assert not list((tmp_path / "fork" / "checkpoints").glob("*.superseded*"))
+    steps = [step for step, loss in losses(rows)]
+    assert steps[0] == 6
+    assert steps.count(16) == 1
+
+
+def test_a_run_folder_in_use_is_refused(run_here, tmp_path):
+    from train.run_folder import RunFolder
+
+    run_here(training__stop_after=5)
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    with pytest.raises(JobError, match="in use by another job"):
+        run_here()
+    folder.unlock()
+    run_here()
+
+
+def test_a_start_that_failed_may_be_corrected(run_here, tmp_path, real_inputs):
+    with pytest.raises(JobError, match="longer than the model's context of 512"):
+        run_here(
+            model__init_from=f"hf:{real_inputs / 'stories260K'}",
+            training__sequence_length=1024,
+            **{f"model__shape__{key}": None for key in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")},
+        )
+    run_here(training__stop_after=1)

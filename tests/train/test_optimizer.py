@@ -32,7 +32,7 @@ def rates(total: int, peak: float = 1.0, **schedule) -> list[float]:
         # The last 20 % of 20 steps: from 1 at step 15 over 0.775, 0.55, 0.325 to 0.1.
         ({"name": "wsd"}, 20, {0: 0.25, 3: 1.0, 4: 1.0, 15: 1.0, 16: 0.775, 17: 0.55, 18: 0.325, 19: 0.1}),
         ({"name": "wsd", "decay_fraction": 1.0}, 14, {3: 1.0, 4: 0.91, 13: 0.1}),  # warm-up and decay meet
-        ({"name": "wsd", "decay_fraction": 0.0}, 14, {3: 1.0, 12: 1.0, 13: 0.1}),
+        ({"name": "wsd", "decay_fraction": 0.0}, 14, {3: 1.0, 12: 1.0, 13: 1.0}),
         ({"name": "linear", "warmup_steps": 0}, 10, {0: 0.91, 4: 0.55, 9: 0.1}),
         ({"name": "cosine", "min_lr_ratio": 0.0}, 14, {3: 1.0, 8: 0.5, 13: 0.0}),
         ({"name": "cosine", "min_lr_ratio": 1.0}, 14, {3: 1.0, 8: 1.0, 13: 1.0}),
