@@ -118,8 +118,14 @@ class _Screen:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn())
+            # Narrow enough for 80 columns.
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=10),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns)
             self._task = self._progress.add_task("", total=total_steps)
             self._progress.start()
 
@@ -138,13 +144,13 @@ class _Screen:
             return
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         bits = f"  bpb {row['bits_per_byte']:.3f}" if row.get("bits_per_byte") is not None else ""
-        text = (
-            f"loss {row['loss']:.4f}{bits}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
-        )
+        speed = f"{row['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], description=text)
+            self._progress.update(
+                self._task, completed=row["step"], description=f"loss {row['loss']:.3f}{bits}  {speed}"
+            )
             return
+        text = f"loss {row['loss']:.4f}{bits}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {speed}"
         self.say(f"step {row['step']}/{self.total}  {text}  ETA {self._eta(row['step'])}")
 
     def _eta(self, step: int) -> str:

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train.config import Config, SourceConfig
-from train.corpus import DataError, Document, documents, embedded_files, input_files
+from train.corpus import DataError, Document, DocumentStream, documents, embedded_files, input_files
 from train.shards import MANIFEST, Manifest, ShardFile, Split, SplitWriter
 from train.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -130,18 +131,10 @@ class _Tokenization:
         writers = {name: SplitWriter(self.folder, name, self.dtype, TOKENS_PER_FILE, splits[name]) for name in splits}
         stream = documents(self.source, position["documents"], position["hub_state"])
         progress = _Progress(say, f"tokenising {self.source.source}")
-        for batch in _batches(iter(stream)):
-            ids = self.tokenizer.encode_batch([document.text for document in batch])
-            closed = False
-            for document, body in zip(batch, ids):
-                row = np.concatenate([[self.tokenizer.bos_id], body])
-                num_bytes = len(document.text.encode("utf-8", "replace"))
-                closed |= writers["validation" if document.held_out else "train"].add(row, num_bytes)
-            progress.update(stream.consumed, sum(split.tokens for split in splits.values()))
-            if closed:
-                self._note_position(writers, stream)
-        for writer in writers.values():
-            writer.close_file()
+        try:
+            self._tokenise(stream, writers, progress)
+        finally:
+            progress.close()
         if not splits["train"].tokens:
             files = [str(path) for path in input_files(self.source)][:3] if self.source.source != "hub" else []
             raise DataError(f"there is no text to train on in {', '.join(files) or self.source.dataset}")
@@ -150,11 +143,26 @@ class _Tokenization:
         manifest.write(self.folder)
         return manifest
 
+    def _tokenise(self, stream: DocumentStream, writers: dict[str, SplitWriter], progress: _Progress) -> None:
+        """Write every document of the stream, noting the position each time a file is full."""
+        for batch in _batches(iter(stream)):
+            ids = self.tokenizer.encode_batch([document.text for document in batch])
+            closed = False
+            for document, body in zip(batch, ids):
+                row = np.concatenate([[self.tokenizer.bos_id], body])
+                num_bytes = len(document.text.encode("utf-8", "replace"))
+                closed |= writers["validation" if document.held_out else "train"].add(row, num_bytes)
+            progress.update(stream.consumed, sum(writer.split.tokens for writer in writers.values()))
+            if closed:
+                self._note_position(writers, stream)
+        for writer in writers.values():
+            writer.close_file()
+
     def _tokenizer_record(self) -> dict:
         tokenizer = self.tokenizer
         return {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
 
-    def _note_position(self, writers: dict[str, SplitWriter], stream) -> None:
+    def _note_position(self, writers: dict[str, SplitWriter], stream: DocumentStream) -> None:
         """Both files are closed at a common document boundary, so that the position is exact for both splits."""
         for writer in writers.values():
             writer.close_file()
@@ -281,20 +289,30 @@ def _exclusive(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Progress:
-    """One line that renews itself on a terminal, a line every ten seconds elsewhere."""
+    """A bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, say: Callable[[str], None], label: str):
         self.say, self.label = say, label
         self.start = self.last = time.monotonic()
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            # How many documents a corpus has is known only at its end, so the bar moves without a share.
+            columns = (TextColumn(label), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
 
     def update(self, num_documents: int, num_tokens: int) -> None:
         now = time.monotonic()
-        if now - self.last < (0.2 if sys.stderr.isatty() else 10.0):
-            return
-        self.last = now
-        rate = num_tokens / (now - self.start)
-        line = f"{self.label}: {num_documents:,} documents, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
-        if sys.stderr.isatty():
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            self.say(line)
+        line = f"{num_documents:,} documents, {num_tokens:,} tokens, {num_tokens / (now - self.start):,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, description=line)
+        elif now - self.last >= 10:
+            self.last = now
+            self.say(f"{self.label}: {line}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
