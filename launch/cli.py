@@ -25,17 +25,17 @@ CONFIG_COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; errors of the user end with exit code 2 and a message."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in CONFIG_COMMANDS:
-        _config_command(arguments[0], arguments[1:])
-        return
-    options = _parser().parse_args(arguments)
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # its warnings are about how we call it
     try:
-        options.run(options)
+        if arguments and arguments[0] in CONFIG_COMMANDS:
+            _config_command(arguments[0], arguments[1:])
+        else:
+            options = _parser().parse_args(arguments)
+            options.run(options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        if _is_user_error(error):
+        if isinstance(error, ConfigError) or _is_user_error(error):
             exit_with(_readable(error))
         raise
 
@@ -129,26 +129,17 @@ def _config_command(command: str, arguments: list[str]) -> None:
         print(help_text())
         return
     known = ("--world-size", "--mfu") if command == "plan" else ()
-    try:
-        files, options, flags = split_arguments(arguments, known)
-        if command == "plan":
-            from train.plan import print_plan
+    files, options, flags = split_arguments(arguments, known)
+    if command == "plan":
+        from train.plan import print_plan
 
-            print_plan(files, flags, options)
-        else:
-            config = load_config(files, flags)
-            from train.prepare import prepare
+        print_plan(files, flags, options)
+        return
+    config = load_config(files, flags)
+    from train.prepare import prepare
 
-            if not prepare(config):
-                print("random data needs no preparation")
-    except ConfigError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        if _is_user_error(error):
-            exit_with(_readable(error))
-        raise
+    if not prepare(config):
+        print("random data needs no preparation")
 
 
 def _export(options: argparse.Namespace) -> None:
