@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 if TYPE_CHECKING:
     from models.llama import Llama
+    from transforms.context import Noise
 
 aten = torch.ops.aten
 # Costly to repeat, cheap to keep. Everything else in a block (norms, rotations, SwiGLU, casts) is memory-bound.
@@ -28,17 +29,23 @@ def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: Llama, mode: str) -> None:
-    """Wrap every block in place. "full" keeps its input alone, "selective" also matrix products and attention."""
+def apply_activation_checkpointing(model: Llama, mode: str, noise: Noise | None = None) -> None:
+    """Wrap every block in place. "full" keeps its input alone, "selective" also matrix products and attention.
+
+    Args:
+        noise: of the model's hardware effects, where blocks run eagerly: recomputation must see the forward's context.
+            Compiled blocks hold it as an input.
+    """
     if mode == "none":
         return
     for name, block in model.model.layers.items():
-        model.model.layers[name] = _wrapped(block, mode)
+        model.model.layers[name] = _wrapped(block, mode, noise)
 
 
-def _wrapped(block: nn.Module, mode: str) -> nn.Module:
+def _wrapped(block: nn.Module, mode: str, noise: Noise | None) -> nn.Module:
+    contexts = partial(create_selective_checkpoint_contexts, _keep_products) if mode == "selective" else None
+    if noise is not None:
+        contexts = noise.restoring(contexts)
+    options = {} if contexts is None else {"context_fn": contexts}
     # Nothing in a block draws from torch's random state, so there is none to preserve.
-    if mode == "full":
-        return checkpoint_wrapper(block, preserve_rng_state=False)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    return checkpoint_wrapper(block, context_fn=contexts, preserve_rng_state=False)
+    return checkpoint_wrapper(block, preserve_rng_state=False, **options)

@@ -1,7 +1,7 @@
 """From a plain model on the meta device to one that trains on a mesh: one ordered function.
 
-The order matters: activation checkpointing wraps the block that compile then sees as a whole, and FSDP's hooks stay
-outside the compiled region.
+The order matters: hardware effects change the layers of a block, activation checkpointing wraps the block that compile
+then sees as a whole, and FSDP's hooks stay outside the compiled region.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.mesh import Mesh
+from transforms import apply as transforms
 
 if TYPE_CHECKING:
     from models.llama import Llama
     from train.config import Config
+    from transforms.context import Noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,13 +31,23 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[config.precision.compute]
 
 
-def apply(model: Llama, config: Config, mesh: Mesh) -> None:
-    """Make `model`, on the meta device, ready for `mesh`, in place. Afterwards: `to_empty`, then its weights."""
-    apply_activation_checkpointing(model, config.activation_checkpointing.mode)
+def apply(model: Llama, config: Config, mesh: Mesh) -> Noise | None:
+    """Make `model`, on the meta device, ready for `mesh`, in place. Afterwards: `to_empty`, then its weights.
+
+    Returns:
+        What its transformed layers share, where there are any; to be filled after `to_empty`.
+    """
+    noise = None
+    if config.transforms:
+        seed = config.run.seed if config.noise.seed is None else config.noise.seed
+        noise = transforms.apply(model, config.transforms, seed)
+    eager = None if config.compile.enabled else noise
+    apply_activation_checkpointing(model, config.activation_checkpointing.mode, eager)
     if config.compile.enabled:
         for block in model.model.layers.values():
             block.compile(fullgraph=True, backend=config.compile.backend)
     shard(model, config, mesh)
+    return noise
 
 
 def shard(model: Llama, config: Config, mesh: Mesh) -> None:

@@ -22,6 +22,7 @@ from transforms.noise import philox_4x32, stream_key
 if TYPE_CHECKING:
     from models.llama import Llama
 
+ADAPTERS = ("lora_A", "lora_B")
 TRUNCATION = 3.0
 _QUANTILES = 4096
 _CHUNK_WORDS = 1 << 20  # int64 temporaries of a few tens of MB, whatever the size of the parameter
@@ -60,8 +61,13 @@ def fill_truncated_normal_(local: Tensor, offsets: tuple[int, int], key: tuple[i
 
 @torch.no_grad()
 def load_weights(model: Llama, read: Callable[[str, int, int], Tensor]) -> None:
-    """Set every parameter from `read(name, first row, number of rows)`, of which each rank asks for its own rows only."""
+    """Set every parameter from `read(name, first row, number of rows)`, of which each rank asks for its own rows only.
+
+    Adapters are no part of a file; they keep what `init_weights` gave them.
+    """
     for name, parameter in named_parameters(model):
+        if name.endswith(ADAPTERS):
+            continue
         local, (row, column) = _local_part(parameter)
         part = read(name, row, local.shape[0])
         local.copy_(part if part.ndim == 1 else part[:, column : column + local.shape[1]])
@@ -71,11 +77,15 @@ def load_weights(model: Llama, read: Callable[[str, int, int], Tensor]) -> None:
 def init_weights(model: Llama, seed: int) -> None:
     """Set every parameter to its initial value, in place; sharded or not, the values are the same bits.
 
-    Matrices: normal of `model.initial_std(name)`, truncated at 3 sigma. Norms: 1. Padding of the vocabulary: 0.
+    Matrices: normal of `model.initial_std(name)`, truncated at 3 sigma. Norms: 1. Padding of the vocabulary: 0. Adapters:
+    A of variance 1 / in, B 0.
     """
     for name, parameter in named_parameters(model):
         local, offsets = _local_part(parameter)
-        std = model.initial_std(name)
+        if name.endswith("lora_B"):
+            local.zero_()
+            continue
+        std = parameter.shape[1] ** -0.5 if name.endswith("lora_A") else model.initial_std(name)
         if std is None:
             local.fill_(1.0)
             continue

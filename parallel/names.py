@@ -9,11 +9,15 @@ from torch import nn
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original$")
+_OF_EFFECT = re.compile(r"parametrizations\.\w+\.\d+\.(\w+)$")
 
 
 def clean_name(name: str) -> str:
-    """The name a parameter has in the bare model: compile, checkpoint and parametrization prefixes removed."""
-    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))
+    """The name a parameter has in the bare model: compile, checkpoint and parametrization prefixes removed.
+
+    A parameter of an effect on a weight, such as an adapter's, stands beside that weight.
+    """
+    return _OF_EFFECT.sub(r"\1", _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name)))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

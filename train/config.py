@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from models.sizes import SIZES, LlamaShape, num_parameters_without_embedding, with_overrides
+from transforms.specs import TransformSpec
 
 
 def _integral(value: Any) -> Any:
@@ -214,6 +215,16 @@ class ValidationConfig(Section):
     """Evaluate the held-out rows every so many steps and at the end; 0 never does."""
     steps: Count = 0
     """Global batches of held-out rows to evaluate; 0 takes all of them."""
+    transforms: Literal["same", "clean", "both"] = "same"
+    """Evaluate under the run's hardware effects, without them, or both (the clean figures get names ending in _clean)."""
+
+
+class NoiseConfig(Section):
+    seed: Count | None = None
+    """Seed of all hardware effects; default run.seed."""
+    group_size: Count = 0
+    """Rows of the global batch that share one draw of the transient weight noise, as one simulated chip would; a multiple
+    of the micro-batch size. 0: all of them, on all devices."""
 
 
 class MetricsConfig(Section):
@@ -244,8 +255,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     metrics: MetricsConfig = MetricsConfig()
-    transforms: list[dict[str, Any]] = []
-    """Hardware effects, `[[transforms]]` tables with a `kind`; this version knows none yet."""
+    noise: NoiseConfig = NoiseConfig()
+    transforms: list[TransformSpec] = []
+    """Hardware effects and adapters: `[[transforms]]` tables, each with a `kind` (docs/transforms.md)."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -24,8 +24,8 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     if config.data.streaming and config.data.max_documents:
         message = "streaming ends with training.steps: leave it out, or prepare the data"
         yield Problem(message, "data.max_documents", config.data.max_documents)
-    for i, transform in enumerate(config.transforms):
-        yield Problem("this version knows no hardware effect yet", f"transforms.{i}.kind", transform.get("kind"))
+    if config.transforms and shape is not None:
+        yield from _transforms(config, shape)
 
 
 def _shape(config: Config) -> tuple[LlamaShape | None, list[Problem]]:
@@ -86,6 +86,29 @@ def length_problems(config: Config, shape: LlamaShape) -> Iterator[Problem]:
         yield Problem(message, "training.sequence_length", config.training.sequence_length)
 
 
+def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
+    """Patterns that match nothing or the wrong thing; a model without memory is built to ask it."""
+    import torch
+
+    from models.llama import Llama
+    from transforms.apply import TransformError, match
+
+    with torch.device("meta"):
+        model = Llama(shape, context=1)
+    for i, spec in enumerate(config.transforms):
+        try:
+            match(model, spec, i)
+        except TransformError as error:
+            yield Problem(str(error), f"transforms.{i}.modules", spec.modules or None)
+    loras = [i for i, spec in enumerate(config.transforms) if spec.kind == "lora"]
+    for i in loras[1:]:
+        yield Problem("one table of adapters is enough: give its modules together", f"transforms.{i}.kind", "lora")
+    if loras and not config.model.init_from:
+        yield Problem(
+            "adapters change trained weights: name them with model.init_from", f"transforms.{loras[0]}.kind", "lora"
+        )
+
+
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     parallel, training = config.parallel, config.training
     try:
@@ -105,6 +128,14 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
             f"not a multiple of {replicate * shard} data-parallel processes{micro}; the nearest that is: {nearest}",
             "training.global_batch_size",
             training.global_batch_size,
+        )
+        return
+    micro_batch = training.micro_batch_size or training.global_batch_size // (replicate * shard)
+    if config.noise.group_size % micro_batch:
+        yield Problem(
+            f"a micro-batch of {micro_batch} rows would span several groups: expected a multiple of it, or 0",
+            "noise.group_size",
+            config.noise.group_size,
         )
 
 

@@ -21,6 +21,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
+from transforms.specs import KINDS
 
 EXIT_CONFIG = 2
 ONE_OF = [("training.steps", "training.tokens", "training.tokens_per_parameter")]
@@ -107,6 +108,8 @@ class Sources:
             parent.pop(last, None)
         elif isinstance(parent, list) and key.split(".")[-2] == "sources" and last.isdigit():
             parent[int(last)] = {}  # its place keeps the numbers of the others
+        elif isinstance(parent, list) and key.split(".")[-2] == "transforms" and last.isdigit():
+            parent[int(last)] = {"kind": "bitflip", "weight": {}}
         elif isinstance(parent, list):
             self.remove(key.rpartition(".")[0])
 
@@ -244,7 +247,8 @@ def _validate(sources: Sources) -> tuple[Config, set[str]]:
 
 def _dotted(location: tuple[int | str, ...], sources: Sources) -> str:
     """Dotted key of a pydantic location; trailing parts that name a branch of a union are left off."""
-    parts = [str(part) for part in location]
+    # Behind the number of a transform stands its kind, which is no key.
+    parts = [str(part) for i, part in enumerate(location) if i != 2 or location[0] != "transforms"]
     while len(parts) > 1 and sources.get(".".join(parts)) is None:
         parts.pop()
     return ".".join(parts)
@@ -275,6 +279,15 @@ def _explain(detail: Any, key: str) -> str:
     }
     if kind in words:
         return words[kind]
+    if kind == "union_tag_not_found":
+        return f"expected a kind, one of {', '.join(KINDS)}"
+    if kind == "union_tag_invalid":
+        close = difflib.get_close_matches(str(context["tag"]), KINDS, n=1)
+        return f"no kind of transform; choose from {', '.join(KINDS)}" + (
+            f"; did you mean {close[0]!r}?" if close else ""
+        )
+    if kind == "value_error":
+        return str(context["error"])
     if kind == "literal_error":
         return f"expected one of {context['expected']}{_nearest_choice(detail)}"
     bounds = {

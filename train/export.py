@@ -105,7 +105,7 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
         "step": model.commit.step,
         "parameters": num_parameters(model.shape),
         "tokens": model.commit.step * model.config.tokens_per_step,
-        "transforms": model.config.transforms,
+        "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
     }
     write_json(partial / PROVENANCE, provenance)
     if out.exists():

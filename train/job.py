@@ -27,6 +27,7 @@ from train.prepare import prepare, run_tokenizer
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
+from transforms.apply import table
 
 EXIT_SETUP = 2
 EXIT_NON_FINITE = 3
@@ -131,6 +132,8 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
     recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, trainer.step + 1)
     try:
         recorder.say(_headline(config, shape, mesh, trainer))
+        for line in table(trainer.noise) if trainer.noise is not None else ():
+            recorder.say(line)
         recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")
         if trainer.step >= trainer.last_step:
             recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")

@@ -18,8 +18,11 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Fused AdamW with two groups: with and without weight decay. The rate is a tensor-free number set every step."""
-    parameters = list(named_parameters(model))
+    """Fused AdamW with two groups: with and without weight decay. The rate is a tensor-free number set every step.
+
+    Frozen parameters are left out.
+    """
+    parameters = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
     groups = [
         {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},

@@ -123,7 +123,7 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
         f"{steps * tokens_per_step / counted:.1f} per parameter",
         f"compute      {flops:,} FLOPs per token ({FLOPS_FORMULA}); {steps * tokens_per_step * flops:.3e} in all",
         f"time         {_duration(seconds)} on {world_size} H100 at an assumed MFU of {mfu:.0%} (of {peak / 1e12:.0f} TFLOP/s)",
-        f"transforms   {len(config.transforms) or 'none'}",
+        *_transform_lines(config, shape),
         f"memory       {_size(memory.total).strip()} per device (estimate), of which",
     ]
     parts = [
@@ -135,6 +135,20 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
         ("logits and their gradient", memory.logits),
     ]
     return lines + [f"             {_size(size)}  {label}" for label, size in parts]
+
+
+def _transform_lines(config: Config, shape: LlamaShape) -> list[str]:
+    """The table of transforms, from a model without memory."""
+    if not config.transforms:
+        return ["transforms   none"]
+    import torch
+
+    from models.llama import Llama
+    from transforms.apply import apply, table
+
+    with torch.device("meta"):
+        noise = apply(Llama(shape, context=1), config.transforms, seed=0)
+    return [f"{'' if i else 'transforms':12} {line}" for i, line in enumerate(table(noise))]
 
 
 def _shape(config: Config) -> tuple[LlamaShape, str]:

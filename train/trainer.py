@@ -21,7 +21,7 @@ from models.hf import HFWeights, check_names
 from models.llama import Llama
 from models.sizes import LlamaShape
 from parallel import apply as parallelize
-from parallel.init import init_weights, load_weights
+from parallel.init import ADAPTERS, init_weights, load_weights
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from train.checkpoint import Checkpoints, Commit, check_model, find_checkpoint
@@ -32,6 +32,7 @@ from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, learning_rate, materialise_state
 from train.run_folder import RunFolder
 from train.tokenizer import Tokenizer
+from transforms.context import TRAINING, VALIDATION, Noise
 
 GC_INTERVAL = 50
 
@@ -69,13 +70,13 @@ class Trainer:
         self.micro_batch = config.training.micro_batch_size or config.training.global_batch_size // mesh.data_size
         self.folder = RunFolder.of(config)
 
-        self.model = build_model(config, mesh, shape)
+        self.model, self.noise = build_model(config, mesh, shape)
+        init_weights(self.model, config.run.seed)
         if hf_weights is not None:
             weights = HFWeights(hf_weights)
-            check_names(weights, {name: p.shape for name, p in named_parameters(self.model)}, shape)
+            expected = {n: p.shape for n, p in named_parameters(self.model) if not n.endswith(ADAPTERS)}
+            check_names(weights, expected, shape)
             load_weights(self.model, weights.read)
-        else:
-            init_weights(self.model, config.run.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loss_sum: Callable[[Tensor, Tensor], Tensor] = next_token_loss_sum
         if config.compile.enabled:
@@ -156,6 +157,7 @@ class Trainer:
             # Replicas exchange gradients once per step; shards already while accumulating, to keep gradients sharded.
             self.model.set_requires_all_reduce(i == len(micro_batches) - 1)
             inputs, targets = inputs_and_targets(micro_rows)
+            self.begin_noise(self.step, self.mesh.data_rank * len(rows) + i * self.micro_batch)
             micro_loss = self.loss_sum(self.model(inputs), targets) / global_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -166,6 +168,13 @@ class Trainer:
         bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         return loss, grad_norm
+
+    def begin_noise(self, step: int, first_sample: int) -> None:
+        """Say where the next forward stands, for hardware effects; `first_sample` counts rows of the global batch."""
+        if self.noise is not None:
+            group_size = self.config.noise.group_size
+            group = first_sample // group_size if group_size else 0
+            self.noise.begin(step, first_sample, self.mesh.device, group)
 
     def clip_gradients(self) -> Tensor:
         """Scale all gradients so that their global norm is at most `max_grad_norm`; the norm before that, a scalar."""
@@ -194,27 +203,45 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, recorder: Recorder) -> None:
-        """Loss, perplexity and bits per byte over the held-out rows, each token weighing the same."""
+        """Loss, perplexity and bits per byte over the held-out rows, each token weighing the same.
+
+        Under the hardware effects of the run, in a seed space of their own so that validating changes nothing, or clean,
+        or both.
+        """
         if self.held_out is None:
             return
         self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for rows in self._validation_rows():
-            inputs, targets = inputs_and_targets(rows.to(self.mesh.device, non_blocking=True))
-            totals[0] += self.loss_sum(self.model(inputs), targets)
-            totals[1] += (targets != IGNORE).sum()
+        row: dict[str, Any] = {"step": self.step}
+        which = self.config.validation.transforms if self.noise is not None else "same"
+        if which != "clean":
+            row |= self._held_out_figures("")
+        if which != "same":
+            assert self.noise is not None
+            with self.noise.off():
+                row |= self._held_out_figures("_clean" if which == "both" else "")
         self.model.train()
         parallelize.reshard(self.model)
+        recorder.record(row)
+
+    def _held_out_figures(self, suffix: str) -> dict[str, float]:
+        assert self.held_out is not None
+        if self.noise is not None:
+            self.noise.enter(VALIDATION)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for i, rows in enumerate(self._validation_rows()):
+            inputs, targets = inputs_and_targets(rows.to(self.mesh.device, non_blocking=True))
+            self.begin_noise(0, (i * self.mesh.data_size + self.mesh.data_rank) * self.micro_batch)
+            totals[0] += self.loss_sum(self.model(inputs), targets)
+            totals[1] += (targets != IGNORE).sum()
+        if self.noise is not None:
+            self.noise.enter(TRAINING)
         nats, tokens = self.mesh.sum_over_data(totals).tolist()
         loss = nats / tokens
-        recorder.record(
-            {
-                "step": self.step,
-                "val_loss": loss,
-                "val_bits_per_byte": bits_per_byte(loss, self.held_out.tokens_per_byte),
-                "val_perplexity": perplexity(loss),
-            }
-        )
+        return {
+            f"val_loss{suffix}": loss,
+            f"val_bits_per_byte{suffix}": bits_per_byte(loss, self.held_out.tokens_per_byte),
+            f"val_perplexity{suffix}": perplexity(loss),
+        }
 
     def _validation_rows(self) -> Iterator[Tensor]:
         assert self.held_out is not None
@@ -279,14 +306,16 @@ class Trainer:
         )
 
 
-def build_model(config: Config, mesh: Mesh, shape: LlamaShape) -> Llama:
-    """A parallelised model on its device; weights allocated, not yet set."""
+def build_model(config: Config, mesh: Mesh, shape: LlamaShape) -> tuple[Llama, Noise | None]:
+    """A parallelised model on its device; weights allocated, not yet set. With what its transformed layers share."""
     with torch.device("meta"):
         model = Llama(shape, context=config.training.sequence_length)
-    parallelize.apply(model, config, mesh)
+    noise = parallelize.apply(model, config, mesh)
     model.to_empty(device=mesh.device)
     model.reset_after_to_empty()
-    return model
+    if noise is not None:
+        noise.fill()
+    return model, noise
 
 
 def _due(interval: int, step: int, final: bool) -> bool:

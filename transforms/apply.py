@@ -1,0 +1,268 @@
+"""From `[[transforms]]` tables to a model whose linear layers pass through hardware effects, in place.
+
+Each effect on a weight is declared as a `torch.nn.utils.parametrize` parametrization: `layer.weight` shows the weight as
+the hardware has it, the stored one stays `layer.parametrizations.weight.original`. The layer computes with all its
+effects as one operation (`transforms/linear.py`). All transformed layers of one kind share one class, where parametrize
+would make a class each: compiled code depends on the class, and torch.compile gives up at the ninth.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+
+from transforms.bitflip import Bitflip, bit_probabilities
+from transforms.context import Noise
+from transforms.linear import Plan, TransformedLinear, TransformedOutput, transformed_linear
+from transforms.lora import LowRank
+from transforms.specs import BitflipSpec, CellFaults, LoraSpec
+
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+
+
+class TransformError(ValueError):
+    """A transform cannot be applied to this model; `index` is its place in the list."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One row of the table of what was applied."""
+
+    kind: str
+    layers: list[str]
+    parameters: str
+
+
+def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) -> Noise:
+    """Put the transforms on a model's layers, in the order given but adapters first, and return their shared state.
+
+    Call `Noise.fill` once the buffers are where they will live, and `Noise.begin` before each forward.
+
+    Raises:
+        TransformError: a pattern matches nothing, or a layer that cannot be transformed; the model is as before then.
+    """
+    matched = [match(model, spec, index) for index, spec in enumerate(specs)]
+    noise = Noise(seed)
+    in_order = sorted(range(len(specs)), key=lambda index: specs[index].kind != "lora")
+    for index in in_order:
+        spec = specs[index]
+        if isinstance(spec, LoraSpec):
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+    hardware = 0
+    for index in in_order:
+        spec, layers = specs[index], matched[index]
+        stream = str(hardware) if hardware else ""
+        hardware += spec.kind != "lora"
+        for name, layer in layers:
+            _transform(layer, name, spec, noise, stream)
+        noise.applied.append(Applied(spec.kind, [name for name, _ in layers], _parameters(spec)))
+    noise.fill()
+    return noise
+
+
+def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
+    """The (Hugging Face name, layer) pairs that a transform is for.
+
+    Raises:
+        TransformError: as `apply`.
+    """
+    modules = {_WRAPPERS.sub("", name): module for name, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    if not spec.modules:
+        found = {name: m for name, m in modules.items() if _NUMBERED.search(name) and _is_linear(m)}
+        if not found:
+            raise TransformError("the model has no linear layer inside numbered blocks: name the layers", index)
+    for pattern in spec.modules:
+        regex = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+        named = {name: module for name, module in modules.items() if name and regex.fullmatch(name)}
+        linear = {name: module for name, module in named.items() if _is_linear(module)}
+        if not named:
+            near = difflib.get_close_matches(pattern, [name for name, m in modules.items() if _is_linear(m)], 1, 0.3)
+            hint = f"; the nearest layer is {near[0]!r}" if near else ""
+            raise TransformError(f"{pattern!r} matches no layer{hint}", index)
+        if not linear:
+            kinds = ", ".join(sorted({type(module).__name__ for module in named.values()}))
+            raise TransformError(f"{pattern!r} matches no linear layer, only {kinds}", index)
+        found |= linear
+    for name, module in found.items():
+        kind = _base(module)
+        if kind is not nn.Linear and kind.__name__ != "Conv1D":
+            raise TransformError(
+                f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
+            )
+    return list(found.items())
+
+
+def remove(model: nn.Module) -> None:
+    """Take all transforms off again: the stored weights stay, adapters are dropped."""
+    for module in model.modules():
+        if hasattr(type(module), "base_of_transformed"):
+            module.__class__ = type(module).base_of_transformed
+            if is_parametrized(module):
+                weight = module.parametrizations.weight.original
+                del module.parametrizations
+                module.register_parameter("weight", weight)
+            for name in ("input_effects", "output_effects"):
+                delattr(module, name)
+
+
+def _base(module: nn.Module) -> type:
+    return getattr(type(module), "base_of_transformed", type(module))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _base(module).__name__ == "Conv1D"
+
+
+def _transform(layer: Any, name: str, spec: BitflipSpec | LoraSpec, noise: Noise, stream: str) -> None:
+    """Add one transform to one layer."""
+    if not hasattr(type(layer), "base_of_transformed"):
+        layer.input_effects, layer.output_effects = nn.ModuleList(), nn.ModuleList()
+        layer.noise = noise
+    base = _base(layer)
+    transposed = base.__name__ == "Conv1D"
+    if isinstance(spec, LoraSpec):
+        weight = layer.weight
+        _on_weight(layer, LowRank(weight, spec.rank, spec.alpha, transposed))
+    else:
+        weight_effect = _bitflip(noise, f"{name}.weight", "w", spec, spec.weight, stream, transposed)
+        if weight_effect is not None:
+            _on_weight(layer, weight_effect)
+        for effects, role, faults in (
+            (layer.input_effects, "x", spec.input),
+            (layer.output_effects, "out", spec.output),
+        ):
+            effect = _bitflip(noise, name, role, spec, faults, stream)
+            if effect is not None:
+                effects.append(effect)
+    layer.__class__ = transformed_class(base, is_parametrized(layer))
+    of_weight = list(layer.parametrizations.weight) if is_parametrized(layer) else []
+    layer.plan = _plan(of_weight, layer.input_effects, transposed)
+    layer.clean_plan = _plan([effect for effect in of_weight if not effect.hardware], [], transposed)
+
+
+def _on_weight(layer: Any, effect: nn.Module) -> None:
+    """Declare an effect on a weight; the class that parametrize makes is replaced by the shared one."""
+    layer.__class__ = _base(layer) if not is_parametrized(layer) else layer.__class__
+    register_parametrization(layer, "weight", effect, unsafe=True)
+
+
+def _bitflip(
+    noise: Noise,
+    name: str,
+    role: str,
+    spec: BitflipSpec,
+    faults: CellFaults | None,
+    stream: str,
+    transposed: bool = False,
+) -> Bitflip | None:
+    if faults is None:
+        return None
+    probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
+    persistent, stuck = spec.lifetime == "persistent", spec.fault == "stuck_at"
+    return Bitflip(
+        noise, name, role, spec.storage, probabilities, faults.zero_above, persistent, stuck, stream, transposed
+    )
+
+
+def _plan(of_weight: Sequence[Any], of_input: Sequence[Any], transposed: bool) -> Plan:
+    return Plan(
+        tuple(effect.code for effect in of_weight),
+        tuple(len(effect.tensors) for effect in of_weight),
+        tuple(effect.code for effect in of_input),
+        tuple(len(effect.tensors) for effect in of_input),
+        transposed,
+    )
+
+
+@cache
+def transformed_class(base: type, parametrized: bool) -> type:
+    """The class of all transformed layers whose class was `base`."""
+    namespace: dict[str, Any] = {"base_of_transformed": base, "forward": _forward}
+    if parametrized:
+        namespace["weight"] = property(lambda layer: layer.parametrizations.weight())
+        namespace["__setattr__"] = _set_original
+    return type(f"Transformed{base.__name__}", (base,), namespace)
+
+
+def _set_original(layer: Any, name: str, value: Any) -> None:
+    """Assigning a weight, as tying it to the embedding does, assigns the stored one."""
+    if name == "weight":
+        layer.parametrizations.weight.original = value
+    else:
+        nn.Module.__setattr__(layer, name, value)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """The forward of a transformed layer: x (..., in) -> (..., out)."""
+    noise = layer.noise
+    effects = list(layer.parametrizations.weight) if "parametrizations" in layer._modules else []
+    weight = layer.parametrizations.weight.original if effects else layer.weight
+    if noise.clean:
+        plan = layer.clean_plan
+        effects = [effect for effect in effects if not effect.hardware]
+    else:
+        plan = layer.plan
+        effects = [*effects, *layer.input_effects]
+    context = noise.context
+    if context is None:
+        raise RuntimeError("a transformed layer was called before Noise.begin said where in the run it stands")
+    tensors = [tensor for effect in effects for tensor in effect.tensors]
+    # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
+    training = torch.is_grad_enabled()
+    linear = TransformedLinear.apply if training else transformed_linear
+    out = linear(plan, x, weight, layer.bias, context, noise.tokens, *tensors)
+    for effect in () if noise.clean else layer.output_effects:
+        place = (context, noise.tokens, *effect.tensors)
+        out = TransformedOutput.apply(effect.code, out, *place) if training else effect(out)
+    return out
+
+
+def table(noise: Noise) -> Iterator[str]:
+    """What was applied, as lines for people: transform, layers with their counts, parameters of the effect."""
+    for number, row in enumerate(noise.applied, 1):
+        counts = Counter(_NUMBERED.sub(r"\1*.", name) for name in row.layers)
+        yield f"{number}. {row.kind}: {len(row.layers)} layers; {row.parameters}"
+        for pattern, count in counts.items():
+            yield f"   {count:4} x {pattern}"
+
+
+def _parameters(spec: BitflipSpec | LoraSpec) -> str:
+    if isinstance(spec, LoraSpec):
+        return f"rank {spec.rank}, alpha {spec.alpha:g}, all other parameters frozen"
+    parts = [spec.lifetime, f"stored as {spec.storage}"] + (["stuck-at cells"] if spec.fault == "stuck_at" else [])
+    for name, faults in (("weight", spec.weight), ("input", spec.input), ("output", spec.output)):
+        if faults is None:
+            continue
+        probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
+        groups = (
+            "p per bit"
+            if faults.bits
+            else f"p {faults.sign_exponent:.4g} sign and exponent, {faults.mantissa:.4g} mantissa"
+        )
+        cleared = f", 0 from {faults.zero_above:g}" if faults.zero_above else ""
+        parts.append(f"{name}: {groups}{cleared} ({_hit_rate(probabilities):.3e} of the values hit)")
+    return "; ".join(parts)
+
+
+def _hit_rate(probabilities: Sequence[float]) -> float:
+    missed = 1.0
+    for p in probabilities:
+        missed *= 1 - p
+    return 1 - missed

@@ -1,0 +1,255 @@
+"""Random bit errors of the memory that holds weights, inputs or outputs.
+
+A value is encoded in its storage format, failing cells flip (or read what they are stuck at), and the word is decoded:
+T(x) = decode(encode(x) xor mask). With a threshold t the result is kept where |T(x)| < t and is 0 elsewhere, NaN
+included, for every element whether it flipped or not: the range check of a memory controller.
+
+Backward is straight-through: the gradient passes as if T were the identity, and not at all where the threshold cleared
+the element. Which cells fail is the business of `transforms/sampling.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from transforms.context import Noise
+from transforms.noise import stream_key
+from transforms.sampling import CHUNK, Law, choose_law, failed_cells, make_table, stuck_values, words_of
+
+STORAGE = {
+    "bfloat16": (torch.bfloat16, torch.int16, 7),
+    "float16": (torch.float16, torch.int16, 10),
+    "float32": (torch.float32, torch.int32, 23),
+}
+"""Format -> its dtype, the integer of its width, and the number of mantissa bits."""
+
+
+def bit_probabilities(storage: str, sign_exponent: float, mantissa: float, bits: Sequence[float] = ()) -> list[float]:
+    """One probability per bit, least significant first.
+
+    Args:
+        bits: per bit from the sign downwards; replaces the two groups.
+    """
+    dtype, _, num_mantissa = STORAGE[storage]
+    if bits:
+        return list(reversed(bits))
+    return [mantissa] * num_mantissa + [sign_exponent] * (dtype.itemsize * 8 - num_mantissa)
+
+
+@dataclass(frozen=True)
+class BitflipCode:
+    """All of a bitflip effect that compiled code depends on; keys and probabilities are in its table, a tensor."""
+
+    law: Law
+    storage: str
+    of_weight: bool
+    zero_above: float | None = None
+    persistent: bool = False
+    stuck: bool = False
+    text: str = field(init=False, compare=False)
+    """The code as an argument of an operation, made ahead: compiled code cannot make it."""
+
+    @property
+    def saves_value(self) -> bool:
+        return self.zero_above is not None
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("law", "text")}
+        object.__setattr__(self, "text", json.dumps({"law": asdict(self.law), **values}))
+
+    def forward(self, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
+        """T(value), in the value's dtype. A weight is (out, in), an activation (B, T, D) or flattened to (B T, D)."""
+        return self.regenerate(value, table, context, tokens)[0]
+
+    def regenerate(
+        self, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """T(value) again, and the function that takes its gradient to that of `value`."""
+        if torch.compiler.is_compiling():
+            stored = torch.ops.newcompute.bitflip(value, table, context, tokens, self.text)
+        else:
+            stored = golden(self, value, table, context, tokens)
+        if self.zero_above is None:
+            return stored, lambda grad: grad
+        kept = stored.abs() < self.zero_above
+        return torch.where(kept, stored, 0), lambda grad: torch.where(kept, grad, 0)
+
+    def rows(self, value: Tensor, context: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(position, sample, step) of the rows of an operand, as `sampling.words_of` takes them."""
+        if self.persistent:
+            # One weight matrix; for inputs the cells of a buffer that holds one token's features at a time.
+            return torch.zeros_like(context[:1]), torch.zeros_like(context[:1]), torch.zeros_like(context[0])
+        if self.of_weight:
+            return torch.zeros_like(context[:1]), context[1:2], context[0]
+        position, sample = positions_and_samples(value, context, tokens)
+        return position.flatten(), sample.flatten(), context[0]
+
+    @staticmethod
+    @cache
+    def read(text: str) -> BitflipCode:
+        values = json.loads(text)
+        return BitflipCode(**{**values, "law": Law(**values["law"])})
+
+
+def golden(code: BitflipCode, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
+    """What the memory returns for `value`, before the threshold: every kernel must agree with it, bit for bit."""
+    position, sample, step = code.rows(value, context, tokens)
+    width = value.numel() if code.of_weight else value.shape[-1]
+    flat = value.reshape(-1, width)
+    word = _encode(code.storage, flat)
+    if code.law.name != "none":
+        words = words_of(table[:2], -(-width // CHUNK), position, sample, step)
+        # What a partial last chunk draws beyond the end is not used.
+        failed = failed_cells(code.law, table[2:], words).flatten(1)[:, :width]
+        if code.stuck:
+            failed = failed & (word ^ stuck_values(words, value.device).flatten(1)[:, :width])
+        word = word ^ failed
+    return _decode(code.storage, word, value.dtype).view(value.shape)
+
+
+def _encode(storage: str, value: Tensor) -> Tensor:
+    """The words in which a format stores values, in the low bits of int32; what lies above is not defined."""
+    dtype, integer, _ = STORAGE[storage]
+    if storage == "bfloat16" and value.dtype == torch.float32:
+        # Round to nearest even on the integers: Inductor vectorises this on CPU, and not the cast (5 times slower).
+        bits = value.view(torch.int32)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        return torch.where(value != value, 0x7FC00000, rounded) >> 16
+    return value.to(dtype).view(integer).to(torch.int32)
+
+
+def _decode(storage: str, word: Tensor, dtype: torch.dtype) -> Tensor:
+    if storage == "bfloat16" and dtype == torch.float32:
+        return (word << 16).view(torch.float32)
+    stored, integer, _ = STORAGE[storage]
+    return word.to(integer).view(stored).to(dtype)
+
+
+_library = torch.library.Library("newcompute", "FRAGMENT")
+_library.define(
+    "bitflip(Tensor value, Tensor table, Tensor context, Tensor? tokens, str code) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake(
+    "newcompute::bitflip",
+    lambda value, *rest: torch.empty_like(value, memory_format=torch.contiguous_format),
+    lib=_library,
+)
+
+
+def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None, text: str) -> Tensor:
+    """The golden function inside compiled blocks: compiled once for all layers, not once for each place in a block.
+
+    Traced into a block, the integer arithmetic of its 14 operands took 60 to 90 s to compile.
+    """
+    return _compiled(text, value.shape)(BitflipCode.read(text), value.contiguous(), table, context, tokens)
+
+
+@cache
+def _compiled(text: str, shape: torch.Size) -> Callable[..., Tensor]:
+    """The golden function compiled for one code and shape, as a function of its own: variants count per function."""
+    own = FunctionType(golden.__code__.replace(co_name="golden_compiled"), golden.__globals__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+_library.impl("bitflip", _bitflip_on_cpu, "CPU")
+
+
+def positions_and_samples(value: Tensor, context: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(position, sample) of every row of an activation (..., D), each of the shape of its leading dimensions.
+
+    Raises:
+        ValueError: the rows cannot be matched to the batch's tokens.
+    """
+    lead = value.shape[:-1]
+    if tokens is None:
+        if len(lead) != 2:
+            raise ValueError(f"an input of shape {tuple(value.shape)} is not (batch, sequence, features)")
+        batch, length = (torch.arange(size, device=value.device) for size in lead)
+        return length.expand(lead), (context[2] + batch)[:, None].expand(lead)
+    position, sample = tokens
+    if lead == sample.shape:
+        return position, sample
+    if len(lead) == 1 and lead[0] == sample.numel():  # flattened, as OPT's first feed-forward layer has it
+        return position.flatten(), sample.flatten()
+    if len(lead) == 2 and lead[0] == sample.shape[0] and lead[1] < sample.shape[1]:  # only the last tokens' logits
+        return position[:, -lead[1] :], sample[:, -lead[1] :]
+    raise ValueError(
+        f"an input of shape {tuple(value.shape)} does not belong to a batch of tokens {tuple(sample.shape)}"
+    )
+
+
+class Bitflip(nn.Module):
+    """One bitflip effect on one operand of one layer: a parametrization of a weight, or an effect beside it.
+
+    Args:
+        name: Hugging Face name of the parameter or module, part of the key.
+        role: "w", "x" or "out".
+        stream: tells apart several effects on one operand.
+        probabilities: one per bit of the storage format, least significant first.
+        stuck: persistent faults read a fixed value rather than the inverse.
+        transposed: the weight is stored (in, out).
+    """
+
+    hardware = True
+
+    def __init__(
+        self,
+        noise: Noise,
+        name: str,
+        role: str,
+        storage: str,
+        probabilities: Sequence[float],
+        zero_above: float | None = None,
+        persistent: bool = False,
+        stuck: bool = False,
+        stream: str = "",
+        transposed: bool = False,
+    ):
+        super().__init__()
+        self.noise, self.name, self.role, self.stream, self.transposed = noise, name, role, stream, transposed
+        self.probabilities = list(probabilities)
+        law = choose_law(self.probabilities, persistent)
+        self.code = BitflipCode(law, storage, role == "w", zero_above, persistent, stuck)
+        size = 2 + len(make_table(law, self.probabilities))
+        self.register_buffer("table", torch.empty(size, dtype=torch.int64), persistent=False)
+        noise.register(self)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
+    def forward(self, value: Tensor) -> Tensor:
+        if self.noise.clean:
+            return value
+        assert self.noise.context is not None, "a transformed layer was called before Noise.begin"
+        place = (self.table, self.noise.context, self.noise.tokens)
+        return self.code.forward(value.t(), *place).t() if self.transposed else self.code.forward(value, *place)
+
+    @torch.no_grad()
+    def fill(self, seed: int, phase: str) -> None:
+        """Write key and thresholds. Persistent faults belong to the chip, so training and validation share them."""
+        if self.table.is_meta:
+            return
+        if self.code.persistent and not phase.startswith("chip"):
+            phase = "chip 0"
+        key = stream_key(seed, self.name, self.role, f"{phase}|{self.stream}")
+        self.table.copy_(torch.tensor([*key, *make_table(self.code.law, self.probabilities)]))
+
+    def set_probabilities(self, probabilities: Sequence[float]) -> None:
+        """Change how often bits fail from now on, within what the sampling law holds; nothing recompiles.
+
+        Raises:
+            ValueError: the law cannot hold them; apply the effect anew.
+        """
+        table = make_table(self.code.law, probabilities)
+        self.probabilities = list(probabilities)
+        if not self.table.is_meta:
+            self.table[2:] = torch.tensor(table, device=self.table.device)

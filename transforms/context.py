@@ -1,0 +1,102 @@
+"""Where in a run a forward pass stands: what noise depends on besides the layer and the element.
+
+A `Noise` object is shared by all transformed layers of a model. Whoever runs the model hands it one fresh small tensor
+before each forward; every transformed layer takes that tensor as an input of its operation and saves it for its
+backward. It is never written in place, so that a backward that comes after other forwards, and an eager recomputation
+(`restoring`), see the tensor of their own forward. Compiled code takes it as an input: no value in it recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transforms.apply import Applied
+    from transforms.bitflip import Bitflip
+
+TRAINING, VALIDATION = "train", "validation"
+
+
+class Noise:
+    """The state of a forward pass that transformed layers read; `clean` switches all hardware effects off."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.clean = False
+        self.context: Tensor | None = None
+        """(3,) int64: step, group of the weight noise, number of the micro-batch's first row in the global batch."""
+        self.tokens: Tensor | None = None
+        """(2, B, T) int64, position and sample of each token; None where rows of one batch follow each other."""
+        self.applied: list[Applied] = []
+        """What was applied, for people."""
+        self._effects: list[Bitflip] = []
+        self._phase = TRAINING
+
+    def register(self, effect: Bitflip) -> None:
+        self._effects.append(effect)
+
+    def begin(
+        self, step: int, first_sample: int, device: torch.device, group: int = 0, tokens: Tensor | None = None
+    ) -> None:
+        """Say where the next forward stands, with a new tensor. `first_sample` counts rows of the step's global batch."""
+        values = torch.tensor([step, group, first_sample], dtype=torch.int64)
+        if device.type == "cuda":
+            values = values.pin_memory().to(device, non_blocking=True)
+        self.context, self.tokens = values, tokens
+
+    def enter(self, phase: str) -> None:
+        """Draw from another seed space from now on: training, validation, or a chip of an evaluation.
+
+        Rewrites the keys in place, so no backward may be outstanding.
+        """
+        self._phase = phase
+        self.fill()
+
+    def fill(self) -> None:
+        """Write keys and thresholds of all effects to where they live: after `to_empty`, which leaves them undefined."""
+        for effect in self._effects:
+            effect.fill(self.seed, self._phase)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """No hardware effect inside; adapters stay."""
+        before, self.clean = self.clean, True
+        try:
+            yield
+        finally:
+            self.clean = before
+
+    def restoring(
+        self, contexts: Callable[[], tuple[AbstractContextManager, AbstractContextManager]] | None = None
+    ) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
+        """A `context_fn` of activation checkpointing whose recomputation sees the context of its forward.
+
+        Args:
+            contexts: another `context_fn` to combine with.
+        """
+
+        def both() -> tuple[AbstractContextManager, AbstractContextManager]:
+            forward, recompute = contexts() if contexts else (nullcontext(), nullcontext())
+            return forward, self._restored(recompute)
+
+        return both
+
+    def _restored(self, inner: AbstractContextManager) -> AbstractContextManager:
+        of_forward = (self.context, self.tokens, self.clean)
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            now = (self.context, self.tokens, self.clean)
+            self.context, self.tokens, self.clean = of_forward
+            try:
+                with inner:
+                    yield
+            finally:
+                self.context, self.tokens, self.clean = now
+
+        return restored()

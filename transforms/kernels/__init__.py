@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs; a CUDA tensor is the first to import them."""
