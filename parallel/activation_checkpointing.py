@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def apply_activation_checkpointing(model: Llama, mode: str, noise: Noise | None 
 
 
 def _wrapped(block: nn.Module, mode: str, noise: Noise | None) -> nn.Module:
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products) if mode == "selective" else None
+    contexts: Any = partial(create_selective_checkpoint_contexts, _keep_products) if mode == "selective" else None
     if noise is not None:
         contexts = noise.restoring(contexts)
     options = {} if contexts is None else {"context_fn": contexts}

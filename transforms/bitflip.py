@@ -149,14 +149,20 @@ def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tenso
 
     Traced into a block, the integer arithmetic of its 14 operands took 60 to 90 s to compile.
     """
-    return _compiled(text, value.shape)(BitflipCode.read(text), value.contiguous(), table, context, tokens)
+    code = BitflipCode.read(text)
+    if code.of_weight:
+        return _compiled(text, None)(code, value.contiguous().flatten(), table, context, tokens).view(value.shape)
+    return _compiled(text, value.shape)(code, value.contiguous(), table, context, tokens)
 
 
 @cache
-def _compiled(text: str, shape: torch.Size) -> Callable[..., Tensor]:
-    """The golden function compiled for one code and shape, as a function of its own: variants count per function."""
+def _compiled(text: str, shape: torch.Size | None) -> Callable[..., Tensor]:
+    """The golden function compiled for one code and shape, or any, as a function of its own: variants count by function.
+
+    Of inputs there are few shapes, each met often; weights have more, and are small.
+    """
     own = FunctionType(golden.__code__.replace(co_name="golden_compiled"), golden.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, fullgraph=True, dynamic=shape is None)
 
 
 _library.impl("bitflip", _bitflip_on_cpu, "CPU")

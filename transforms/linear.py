@@ -99,13 +99,13 @@ class TransformedLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(x, weight, bias, context, tokens, *tensors)
+        ctx.save_for_backward(x, weight, context, tokens, *tensors)
         return transformed_linear(plan, x, weight, bias, context, tokens, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
-        x, weight, bias, context, tokens, *tensors = ctx.saved_tensors
+        x, weight, context, tokens, *tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
             context = torch.ops.newcompute.after(context, grad)
             tensors = [torch.ops.newcompute.after(t, grad) if t.requires_grad else t for t in tensors]

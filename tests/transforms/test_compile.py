@@ -1,0 +1,152 @@
+"""Compilation, recomputation and memory of transformed blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import tiny_flags
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from models.llama import Llama
+from parallel import apply as parallelize
+from parallel import mesh as meshes
+from parallel.init import init_weights
+from train.config import named_shape
+from train.config_sources import load_config
+from transforms.context import Noise
+
+FAULTS = "{ sign_exponent = 0.0005, mantissa = 0.0005, zero_above = 8.0 }"
+BITFLIP = f'[{{ kind = "bitflip", weight = {FAULTS}, input = {FAULTS} }}]'
+TOKENS = torch.arange(2 * 32).view(2, 32) % 60
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    mesh = meshes.start("cpu", 1, 1)
+    yield mesh
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def build(mesh, tmp_path, corpus, **changes) -> tuple[Llama, Noise | None]:
+    """A parallelised tiny model with its noise, as a job builds it."""
+    changes = {"transforms": BITFLIP, "model__shape__num_layers": 3, "training__sequence_length": 32} | changes
+    config = load_config([], tiny_flags(tmp_path, corpus, **changes), world_size=1)
+    with torch.device("meta"):
+        model = Llama(named_shape(config.model, 60), context=32)
+    noise = parallelize.apply(model, config, mesh)
+    model.to_empty(device="cpu")
+    model.reset_after_to_empty()
+    if noise is not None:
+        noise.fill()
+    init_weights(model, 5)
+    return model, noise
+
+
+def forward(model, noise, step: int, first: int = 0, tokens=TOKENS):
+    if noise is not None:
+        noise.begin(step, first, torch.device("cpu"))
+    return model(tokens).square().mean()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_one_frame_for_24_layers_and_50_steps(mesh, tmp_path, text_corpus, monkeypatch, checkpointing):
+    counter = CompileCounterWithBackend("aot_eager")
+    block_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: block_compile(self, fullgraph=True, backend=counter))
+    model, noise = build(
+        mesh, tmp_path, text_corpus, model__shape__num_layers=24, compile__enabled="true",
+        activation_checkpointing__mode=checkpointing,
+    )  # fmt: skip
+    forward(model, noise, 0).backward()
+    # The first block's input needs a gradient as well: the embedding is trained.
+    assert counter.frame_count == 1
+    graphs = counters["stats"]["unique_graphs"]
+    for step in range(50 if checkpointing == "none" else 5):
+        for effect in noise._effects:
+            effect.set_probabilities([p * 0.99 for p in effect.probabilities])
+        forward(model, noise, step, first=2 * (step % 3)).backward()
+    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == graphs, "the golden function was compiled again"
+    with torch.no_grad():
+        for step in range(3):
+            forward(model, noise, step)
+    assert counter.frame_count == 2, "one more frame without gradients"
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_gradients_of_interleaved_forwards_and_backwards(mesh, tmp_path, text_corpus, checkpointing, compiled):
+    model, noise = build(
+        mesh, tmp_path, text_corpus, compile__enabled=compiled, compile__backend="aot_eager",
+        activation_checkpointing__mode=checkpointing,
+    )  # fmt: skip
+    other = (TOKENS + 17) % 60
+
+    def gradients(order: str) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = {}
+        for event in order.split():
+            i = int(event[1])
+            if event[0] == "f":
+                loss[i] = forward(model, noise, i, first=2 * i, tokens=(TOKENS, other)[i])
+            else:
+                loss[i].backward()
+        return [p.grad.to_local().clone() for p in model.parameters()]
+
+    apart = gradients("f0 b0 f1 b1")
+    only_first = gradients("f0 b0")
+    assert any(not torch.allclose(a, b, atol=1e-6) for a, b in zip(apart, only_first)), "the second forward must count"
+    for order in ("f0 f1 b0 b1", "f0 f1 b1 b0"):
+        for expected, found in zip(apart, gradients(order), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_do_not_depend_on_recomputation_or_compilation(mesh, tmp_path, text_corpus):
+    def gradients(**changes) -> list[torch.Tensor]:
+        model, noise = build(mesh, tmp_path, text_corpus, **changes)
+        forward(model, noise, 3, first=2).backward()
+        return [p.grad.to_local().clone() for p in model.parameters()]
+
+    expected = gradients()
+    for mode in ("none", "full", "selective"):
+        for compiled in ("false", "true"):
+            changes = {"activation_checkpointing__mode": mode, "compile__enabled": compiled}
+            for found, reference in zip(gradients(**changes, compile__backend="aot_eager"), expected, strict=True):
+                torch.testing.assert_close(found, reference, atol=1e-6, rtol=1e-5)
+
+
+def saved_bytes(model, noise) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, parameters and buffers left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    forward(model, noise, 0).backward()  # compilation and the gathering of parameters come first
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(model, noise, 0)
+    # Between forward and backward FSDP shows the gathered parameters, which are what was saved.
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    loss.backward()
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
+def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, compiled):
+    sizes = {
+        "model__shape__dim": 512, "model__shape__ffn_dim": 1536, "training__sequence_length": 32,
+        "compile__enabled": compiled,
+    }  # fmt: skip
+    clean = saved_bytes(*build(mesh, tmp_path, text_corpus, transforms="[]", **sizes))
+    noisy = saved_bytes(*build(mesh, tmp_path, text_corpus, **sizes))
+    assert clean > 1e6, "something must be saved for the ratio to mean anything"
+    assert noisy / clean <= 1.05
