@@ -46,6 +46,8 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Noise | None:
     if config.compile.enabled:
         for block in model.model.layers.values():
             block.compile(fullgraph=True, backend=config.compile.backend)
+        if transforms.is_transformed(model.lm_head):
+            model.lm_head.compile(fullgraph=True, backend=config.compile.backend)
     shard(model, config, mesh)
     return noise
 

@@ -7,6 +7,7 @@ A value that fails is replaced by its default for the rest of the checks, so tha
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import types
 import typing
@@ -155,18 +156,34 @@ def read_sources(files: Sequence[str], flags: Sequence[str]) -> Sources:
     """Merge files and flags without validating values; unreadable files and malformed flags become problems."""
     sources = Sources()
     for path in files:
-        try:
-            content = tomli.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            sources.problems.append(Problem(f"cannot read this file: {error.strerror or error}", origin=path))
-        except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-            sources.problems.append(Problem(f"not a TOML file: {error}", origin=path))
-        else:
-            leaves = list(_leaves(content))
-            sources.add_layer(leaves, {key: path for key, _ in leaves})
+        _add_file(sources, path, ())
     leaves = list(_parse_flags(flags, sources.problems))
     sources.add_layer(leaves, {key: f"flag --{key}" for key, _ in leaves})
     return sources
+
+
+def _add_file(sources: Sources, path: str, includers: tuple[str, ...]) -> None:
+    """Add a file, and before it those that its top-level `include` names, relative to it."""
+    if path in includers:
+        sources.problems.append(Problem(f"includes itself: {' -> '.join((*includers, path))}", origin=path))
+        return
+    try:
+        content = tomli.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        by = f" (included by {includers[-1]})" if includers else ""
+        sources.problems.append(Problem(f"cannot read this file{by}: {error.strerror or error}", origin=path))
+        return
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        sources.problems.append(Problem(f"not a TOML file: {error}", origin=path))
+        return
+    included = content.pop("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        sources.problems.append(Problem("expected an array of file names", "include", included, path))
+        included = []
+    for name in included:
+        _add_file(sources, os.path.normpath(Path(path).parent / name), (*includers, path))
+    leaves = list(_leaves(content))
+    sources.add_layer(leaves, {key: path for key, _ in leaves})
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

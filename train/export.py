@@ -14,10 +14,13 @@ from torch import Tensor
 
 from models.hf import SHARD_BYTES, hf_config, strip_padding, write_json, write_safetensors
 from models.sizes import LlamaShape, num_parameters
+from parallel.init import ADAPTERS
 from train.checkpoint import COMMIT, CheckpointError, Commit, checkpoint_names, committed_steps, read_tensors
 from train.config import Config
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer, load_tokenizer
+from transforms.lora import merge
+from transforms.specs import LoraSpec
 
 PROVENANCE = "newcompute.json"
 
@@ -47,9 +50,16 @@ class TrainedModel:
         return hf_config(self.shape, self.context, bos, eos, dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights, float32, padding stripped, under Hugging Face names."""
-        tensors = read_tensors(self.checkpoint, checkpoint_names(self.checkpoint))
+        """All weights, float32, padding stripped, under Hugging Face names; adapters are merged into theirs."""
+        tensors = self.merged(read_tensors(self.checkpoint, checkpoint_names(self.checkpoint)))
         return {name: strip_padding(name, tensor, self.shape).clone() for name, tensor in tensors.items()}
+
+    def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of which the adapters among `tensors` have become a part."""
+        for spec in self.config.transforms:
+            if isinstance(spec, LoraSpec):
+                return merge(tensors, spec.rank, spec.alpha)
+        return tensors
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
@@ -115,13 +125,17 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
 
 def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors in groups of one file's size, so that no more than that is in memory."""
+    sizes = checkpoint_names(model.checkpoint)
     group: dict[str, torch.Size] = {}
-    for name, size in checkpoint_names(model.checkpoint).items():
+    for name, size in sizes.items():
+        if name.endswith(ADAPTERS):
+            continue
         if group and 4 * sum(s.numel() for s in [*group.values(), size]) > SHARD_BYTES:
-            yield read_tensors(model.checkpoint, group)
+            yield model.merged(read_tensors(model.checkpoint, group))
             group = {}
-        group[name] = size
-    yield read_tensors(model.checkpoint, group)
+        layer = name.removesuffix("weight")
+        group |= {key: sizes[key] for key in (name, *(layer + adapter for adapter in ADAPTERS)) if key in sizes}
+    yield model.merged(read_tensors(model.checkpoint, group))
 
 
 def _limit_length(file: Path, context: int) -> None:

@@ -112,7 +112,7 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
 def remove(model: nn.Module) -> None:
     """Take all transforms off again: the stored weights stay, adapters are dropped."""
     for module in model.modules():
-        if hasattr(type(module), "base_of_transformed"):
+        if is_transformed(module):
             module.__class__ = type(module).base_of_transformed
             if is_parametrized(module):
                 weight = module.parametrizations.weight.original
@@ -120,6 +120,10 @@ def remove(model: nn.Module) -> None:
                 module.register_parameter("weight", weight)
             for name in ("input_effects", "output_effects"):
                 delattr(module, name)
+
+
+def is_transformed(module: nn.Module) -> bool:
+    return hasattr(type(module), "base_of_transformed")
 
 
 def _base(module: nn.Module) -> type:
@@ -132,7 +136,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _transform(layer: Any, name: str, spec: BitflipSpec | LoraSpec, noise: Noise, stream: str) -> None:
     """Add one transform to one layer."""
-    if not hasattr(type(layer), "base_of_transformed"):
+    if not is_transformed(layer):
         layer.input_effects, layer.output_effects = nn.ModuleList(), nn.ModuleList()
         layer.noise = noise
     base = _base(layer)
