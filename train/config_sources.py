@@ -22,7 +22,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
-from transforms.specs import KINDS
+from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec
 
 EXIT_CONFIG = 2
 ONE_OF = [("training.steps", "training.tokens", "training.tokens_per_parameter")]
@@ -327,18 +327,29 @@ def _nearest_choice(detail: Any) -> str:
 
 def _suggest(key: str) -> str:
     """The nearest key of the schema: first by the whole name, then by the last part alone."""
+    if key.startswith("transforms."):
+        return _suggest_transform(key)
     known = [name for name, _ in schema_keys()]
     sections = [name for name in Config.model_fields if name not in known]
     close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.75)
     if not close:
         last = key.rpartition(".")[2]
-        tails = {name.rpartition(".")[2]: name for name in known}
+        tails = {name.rpartition(".")[2]: name for name in reversed(known)}
         close = [tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.75)]
     if close:
         return f"; did you mean {close[0]}?"
     section = key.partition(".")[0]
     allowed = [name for name in known if name.startswith(section + ".")] or sections
     return f"; allowed are {', '.join(allowed)}"
+
+
+def _suggest_transform(key: str) -> str:
+    """The nearest key of a `[[transforms]]` table, or of the table of an operand in it."""
+    nested = key.count(".") > 2
+    models = (CellFaults,) if nested else (BitflipSpec, LoraSpec)
+    allowed = list(dict.fromkeys(name for model in models for name in model.model_fields))
+    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(allowed)}"
 
 
 def _show(value: Any) -> str:

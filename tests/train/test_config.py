@@ -271,12 +271,6 @@ def test_a_value_where_a_table_is_meant_is_named():
     assert "--training.steps.more" in report
 
 
-def test_transforms_are_refused(toml):
-    path = toml("[[transforms]]\nkind = 'bitflip'\np = 1e-4")
-    assert 'transforms.0.kind = "bitflip"' in only_problem([path])
-    assert load_config([path], ["--transforms", "[]"]).transforms == []
-
-
 # Errors of files
 
 

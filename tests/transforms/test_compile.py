@@ -59,7 +59,9 @@ def forward(model, noise, step: int, first: int = 0, tokens=TOKENS):
 def test_one_frame_for_24_layers_and_50_steps(mesh, tmp_path, text_corpus, monkeypatch, checkpointing):
     counter = CompileCounterWithBackend("aot_eager")
     block_compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: block_compile(self, fullgraph=True, backend=counter))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: block_compile(self, fullgraph=True, backend=counter)
+    )
     model, noise = build(
         mesh, tmp_path, text_corpus, model__shape__num_layers=24, compile__enabled="true",
         activation_checkpointing__mode=checkpointing,

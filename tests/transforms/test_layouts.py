@@ -12,7 +12,9 @@ from train.config_sources import load_config
 from train.job import run_job
 
 DENSE = "{ bits = [0.004, 0, 0, 0, 0, 0, 0, 0, 0, 0.004, 0.004, 0.004, 0.004, 0.004, 0.004, 0.002], zero_above = 30.0 }"
-CHUNK = "{ bits = [0.001, 0, 0, 0, 0, 0, 0, 0, 0, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.0005], zero_above = 30.0 }"
+CHUNK = (
+    "{ bits = [0.001, 0, 0, 0, 0, 0, 0, 0, 0, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.0005], zero_above = 30.0 }"
+)
 STEPS = 3
 
 
