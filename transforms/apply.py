@@ -56,6 +56,8 @@ def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) 
     Raises:
         TransformError: a pattern matches nothing, or a layer that cannot be transformed; the model is as before then.
     """
+    if specs and any(is_transformed(module) for module in model.modules()):
+        raise TransformError("the model is transformed already: call transforms.apply.remove first", 0)
     matched = [match(model, spec, index) for index, spec in enumerate(specs)]
     noise = Noise(seed)
     in_order = sorted(range(len(specs)), key=lambda index: specs[index].kind != "lora")
@@ -110,15 +112,17 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
 
 
 def remove(model: nn.Module) -> None:
-    """Take all transforms off again: the stored weights stay, adapters are dropped."""
+    """Take all transforms off again: the stored weights stay, adapters are dropped, what they froze stays frozen."""
     for module in model.modules():
         if is_transformed(module):
             module.__class__ = type(module).base_of_transformed
             if is_parametrized(module):
                 weight = module.parametrizations.weight.original
                 del module.parametrizations
-                module.register_parameter("weight", weight)
-            for name in ("input_effects", "output_effects"):
+                others = dict(module._parameters)
+                module._parameters.clear()
+                module._parameters |= {"weight": weight, **others}  # in the order of before
+            for name in ("input_effects", "output_effects", "noise", "plan", "clean_plan"):
                 delattr(module, name)
 
 
@@ -224,17 +228,14 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     else:
         plan = layer.plan
         effects = [*effects, *layer.input_effects]
-    context = noise.context
-    if context is None:
-        raise RuntimeError("a transformed layer was called before Noise.begin said where in the run it stands")
+    place = noise.place()
     tensors = [tensor for effect in effects for tensor in effect.tensors]
     # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
     training = torch.is_grad_enabled()
     linear = TransformedLinear.apply if training else transformed_linear
-    out = linear(plan, x, weight, layer.bias, context, noise.tokens, *tensors)
+    out = linear(plan, x, weight, layer.bias, *place, *tensors)
     for effect in () if noise.clean else layer.output_effects:
-        place = (context, noise.tokens, *effect.tensors)
-        out = TransformedOutput.apply(effect.code, out, *place) if training else effect(out)
+        out = TransformedOutput.apply(effect.code, out, *place, *effect.tensors) if training else effect(out)
     return out
 
 

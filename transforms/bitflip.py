@@ -29,6 +29,18 @@ STORAGE = {
     "float32": (torch.float32, torch.int32, 23),
 }
 """Format -> its dtype, the integer of its width, and the number of mantissa bits."""
+_FORMATS = [dtype for dtype, _, _ in STORAGE.values()]
+_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
+"""What NaN becomes on its way from or to float16; casts of devices differ."""
+
+
+def _not_below(number: float, dtype: torch.dtype) -> float:
+    """The smallest number of a format that is not below `number`, which is not negative."""
+    rounded = torch.tensor(number, dtype=torch.float64).to(dtype)
+    if float(rounded) < number:
+        integer = torch.int16 if dtype.itemsize == 2 else torch.int32
+        rounded = (rounded.view(integer) + 1).view(dtype)
+    return float(rounded)
 
 
 def bit_probabilities(storage: str, sign_exponent: float, mantissa: float, bits: Sequence[float] = ()) -> list[float]:
@@ -53,6 +65,9 @@ class BitflipCode:
     zero_above: float | None = None
     persistent: bool = False
     stuck: bool = False
+    limits: tuple[float, ...] = field(init=False, compare=False)
+    """The smallest number of each format (in the order of `STORAGE`) that is not below the threshold: values are compared
+    in their own dtype, and eager and compiled code round a threshold that this has not differently."""
     text: str = field(init=False, compare=False)
     """The code as an argument of an operation, made ahead: compiled code cannot make it."""
 
@@ -61,7 +76,10 @@ class BitflipCode:
         return self.zero_above is not None
 
     def __post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("law", "text")}
+        object.__setattr__(self, "limits", tuple(_not_below(self.zero_above or 0.0, dtype) for dtype in _FORMATS))
+        values = {
+            name: getattr(self, name) for name, of in self.__dataclass_fields__.items() if of.init and name != "law"
+        }
         object.__setattr__(self, "text", json.dumps({"law": asdict(self.law), **values}))
 
     def forward(self, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
@@ -72,13 +90,16 @@ class BitflipCode:
         self, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """T(value) again, and the function that takes its gradient to that of `value`."""
+        place = (table, context, tokens)
+        if value.is_cuda:
+            return kernels.store(self, value, *place), lambda grad: kernels.pull(self, grad, value, *place)
         if torch.compiler.is_compiling():
-            stored = torch.ops.newcompute.bitflip(value, table, context, tokens, self.text)
+            stored = torch.ops.newcompute.bitflip(value, *place, self.text)
         else:
-            stored = golden(self, value, table, context, tokens)
+            stored = golden(self, value, *place)
         if self.zero_above is None:
             return stored, lambda grad: grad
-        kept = stored.abs() < self.zero_above
+        kept = stored.abs() < self.limits[_FORMATS.index(value.dtype)]
         return torch.where(kept, stored, 0), lambda grad: torch.where(kept, grad, 0)
 
     def rows(self, value: Tensor, context: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +121,8 @@ class BitflipCode:
 
 def golden(code: BitflipCode, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
     """What the memory returns for `value`, before the threshold: every kernel must agree with it, bit for bit."""
+    if code.law.name == "none" and value.dtype == STORAGE[code.storage][0]:
+        return value.clone()  # an operation must not return its argument
     position, sample, step = code.rows(value, context, tokens)
     width = value.numel() if code.of_weight else value.shape[-1]
     flat = value.reshape(-1, width)
@@ -122,7 +145,10 @@ def _encode(storage: str, value: Tensor) -> Tensor:
         bits = value.view(torch.int32)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         return torch.where(value != value, 0x7FC00000, rounded) >> 16
-    return value.to(dtype).view(integer).to(torch.int32)
+    word = value.to(dtype).view(integer).to(torch.int32)
+    if value.dtype == dtype or torch.float16 not in (value.dtype, dtype):
+        return word
+    return torch.where(value != value, _NAN[dtype], word)
 
 
 def _decode(storage: str, word: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,8 +261,7 @@ class Bitflip(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         if self.noise.clean:
             return value
-        assert self.noise.context is not None, "a transformed layer was called before Noise.begin"
-        place = (self.table, self.noise.context, self.noise.tokens)
+        place = (self.table, *self.noise.place())
         return self.code.forward(value.t(), *place).t() if self.transposed else self.code.forward(value, *place)
 
     @torch.no_grad()
@@ -259,3 +284,8 @@ class Bitflip(nn.Module):
         self.probabilities = list(probabilities)
         if not self.table.is_meta:
             self.table[2:] = torch.tensor(table, device=self.table.device)
+
+
+if torch.cuda.is_available():
+    # Triton is imported only where it can run; it comes last, since the kernels import the code above.
+    from transforms.kernels import bitflip as kernels

@@ -49,6 +49,16 @@ class Noise:
             values = values.pin_memory().to(device, non_blocking=True)
         self.context, self.tokens = values, tokens
 
+    def place(self) -> tuple[Tensor | None, Tensor | None]:
+        """Context and tokens of the forward that is running; neither is needed where effects are off.
+
+        Raises:
+            RuntimeError: nobody has said where it stands.
+        """
+        if self.context is None and not self.clean:
+            raise RuntimeError("a transformed layer was called before Noise.begin said where in the run it stands")
+        return self.context, self.tokens
+
     def enter(self, phase: str) -> None:
         """Draw from another seed space from now on: training, validation, or a chip of an evaluation.
 

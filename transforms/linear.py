@@ -70,7 +70,7 @@ def transformed_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    context: Tensor,
+    context: Tensor | None,
     tokens: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
@@ -94,7 +94,7 @@ class TransformedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        context: Tensor,
+        context: Tensor | None,
         tokens: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
@@ -106,7 +106,7 @@ class TransformedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
         x, weight, context, tokens, *tensors = ctx.saved_tensors
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and context is not None:
             context = torch.ops.newcompute.after(context, grad)
             tensors = [torch.ops.newcompute.after(t, grad) if t.requires_grad else t for t in tensors]
         of_weight, of_input = plan.split(tensors)
@@ -119,11 +119,11 @@ class TransformedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         tensor_grads: list[Tensor | None] = [None] * len(tensors)
-        flat = grad.flatten(0, -2)
+        flat = grad.reshape(-1, grad.shape[-1])
         if needs[1]:
             grad_x, tensor_grads[num_weight_tensors:] = pull_input(grad @ weight)
         if needs[2] or any(needs[6 : 6 + num_weight_tensors]):
-            grad_weight, tensor_grads[:num_weight_tensors] = pull_weight(flat.t() @ x.flatten(0, -2))
+            grad_weight, tensor_grads[:num_weight_tensors] = pull_weight(flat.t() @ x.reshape(-1, x.shape[-1]))
             grad_weight = (grad_weight.t() if plan.transposed else grad_weight) if needs[2] else None
         if needs[3]:
             grad_bias = flat.sum(0)
@@ -131,7 +131,10 @@ class TransformedLinear(torch.autograd.Function):
 
 
 def _regenerate(
-    codes: Sequence[Code], tensors: Sequence[Sequence[Tensor]], value: Tensor, place: tuple[Tensor, Tensor | None]
+    codes: Sequence[Code],
+    tensors: Sequence[Sequence[Tensor]],
+    value: Tensor,
+    place: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]]:
     """An operand after all its effects, and the way of its gradient back through them, with those of their tensors."""
     pulls = []

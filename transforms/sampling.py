@@ -92,10 +92,14 @@ def _binomial_tails(cells: int, p: float, count: int) -> list[float]:
 
 
 def _slots(cells: int, p: float) -> int:
-    """Fewest slots that fall short of a chunk's hits, by their number or by repeated cells, less than once in 2^32."""
+    """Fewest slots whose distinct cells are fewer than a chunk's hits less than once in 2^32."""
     tails = _binomial_tails(cells, p, 64)
+    distinct = [1.0]  # probability of 0, 1, ... distinct cells among the slots so far
     for slots in range(1, 64):
-        if tails[slots] + tails[slots - 1] * slots**2 / (2 * cells) < 2.0**-32:
+        stay = [q * m / cells for m, q in enumerate(distinct)]
+        grow = [q * (1 - m / cells) for m, q in enumerate(distinct)]
+        distinct = [a + b for a, b in zip([*stay, 0.0], [0.0, *grow])]
+        if math.fsum(q * tail for q, tail in zip(distinct, tails)) < 2.0**-32:
             return slots
     raise AssertionError(f"the chunk law is not for p = {p}")
 

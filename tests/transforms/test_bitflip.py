@@ -79,6 +79,11 @@ def test_encoding_and_decoding_are_torchs_casts(storage, dtype):
     if (storage, dtype) == ("bfloat16", torch.float32):
         assert (found[value.isnan()] == 0x7FC0).all()
         found, expected = found[~value.isnan()], expected[~value.isnan()]
+    elif dtype != stored and torch.float16 in (dtype, stored):
+        # Casts of devices differ in what becomes of a NaN's payload; here it is always the same one.
+        canonical = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}[storage]
+        assert (found[value.isnan()] == canonical).all()
+        found, expected = found[~value.isnan()], expected[~value.isnan()]
     assert torch.equal(found, expected)
     patterns = every_pattern(stored)
     assert same_bits(_decode(storage, words(patterns).to(torch.int32), dtype), patterns.to(dtype))
@@ -91,6 +96,7 @@ def test_encoding_and_decoding_are_torchs_casts(storage, dtype):
 @pytest.mark.parametrize("storage", STORAGE)
 def test_flipping_twice_changes_nothing(storage):
     value = every_pattern(STORAGE[storage][0])
+    value = value if storage != "float32" else value[::4]
     for p in (6e-4, 0.3, 1.0):
         effect = bitflip(storage, p)
         once = effect(value)
@@ -137,11 +143,10 @@ def test_rates_at_0_within_a_law_are_the_identity():
 @pytest.mark.parametrize("storage", STORAGE)
 def test_the_result_is_not_the_argument(storage):
     """Whoever changes what came out of the memory must not change what went in."""
-    for effect in (bitflip(storage), bitflip(storage, 1e-4)):
-        value = torch.ones(4, 128, dtype=STORAGE[storage][0])
-        place = effect.table, effect.noise.context, None
-        assert effect(value).data_ptr() != value.data_ptr()
-        assert torch.ops.newcompute.bitflip(value, *place, effect.code.text).data_ptr() != value.data_ptr()
+    effect, value = bitflip(storage), torch.ones(4, 128, dtype=STORAGE[storage][0])
+    assert effect(value).data_ptr() != value.data_ptr()
+    compiled = torch.ops.newcompute.bitflip(value, effect.table, effect.noise.context, None, effect.code.text)
+    assert compiled.data_ptr() != value.data_ptr()
 
 
 # --- threshold --------------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ def test_the_result_is_not_the_argument(storage):
 @pytest.mark.parametrize("p", [0.0, 1e-4, 0.2])
 def test_the_threshold_keeps_what_is_below_it(dtype, threshold, p):
     storage = str(dtype).removeprefix("torch.")
-    value = every_pattern(dtype)
+    value = every_pattern(dtype)[:: 8 if p == 0.2 else 1].clone()
     below = torch.nextafter(torch.tensor(threshold, dtype=dtype), torch.zeros((), dtype=dtype)).item()
     special = [*SPECIAL, threshold, -threshold, below, -below]
     value.view(-1)[: len(special)] = torch.tensor(special, dtype=torch.float64).to(dtype)
@@ -231,7 +236,7 @@ def started(net, specs, seed=0, **at):
     return noise
 
 
-def effects_by_hand(specs, operand, role, name, value, mask=None):
+def effects_by_hand(specs, operand, role, name, value):
     """T(value) and the mask of its gradient, effect after effect, by standalone effects with the layer's keys."""
     mask = torch.ones_like(value, dtype=torch.bool)
     noise = Noise(0)
@@ -491,7 +496,7 @@ def test_rows_that_belong_to_no_token_are_an_error():
 def test_probabilities_change_within_their_law():
     for before, after, too_many in ((1e-4, 1e-5, 1e-3), (0.5, 1e-3, None)):
         effect = bitflip("bfloat16", before)
-        code, zeros = effect.code, torch.zeros(512, 512, dtype=torch.bfloat16)
+        code, zeros = effect.code, torch.zeros(512 if before < 0.01 else 64, 512, dtype=torch.bfloat16)
         for p in (before, after, 0.0, before):
             effect.set_probabilities([p] * 16)
             flips = sum(int(((words(effect(zeros)) >> bit) & 1).sum()) for bit in range(16))

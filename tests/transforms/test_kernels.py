@@ -60,6 +60,8 @@ class Case:
         value = torch.randn(shape, generator=generator).to(dtype)
         if self.special:
             words = torch.randint(-(2**15), 2**15, shape, generator=generator)
+            infinite = 0x7C00 if dtype == torch.float16 else 0x7F80
+            words = torch.where(torch.rand(shape, generator=generator) < 0.5, words | infinite, words)
             words = words << 16 | 0x8000 if dtype.itemsize == 4 else words
             odd = torch.rand(shape, generator=generator) < 0.2
             value = torch.where(odd, words.to(INTEGERS[dtype.itemsize]).view(dtype), value)
@@ -88,7 +90,7 @@ CASES = {
     "chunk, mantissa": Case(both=(0, 2.0**-9)),
     "chunk, thinned": Case(shape=(2, 20, 300), bits=few(16, 2.0**-10)),
     "chunk, thinned float32": Case(value="float32", storage="float32", bits=few(32, 2.0**-11)),
-    "chunk, one bit": Case(bits=(0,) * 15 + (2.0**-6,)),
+    "chunk, repeated cells": Case((4, 8, 512), bits=(0,) * 15 + (2.0**-6,)),
     "chunk, sign of float32": Case(value="float32", storage="float32", bits=(2.0**-6,) + (0,) * 31),
     "chunk, stuck": Case(stuck=True),
     "chunk, tokens": Case(tokens=(2, 5)),
@@ -101,6 +103,8 @@ CASES = {
     "chunk, threshold": Case(zero_above=0.3),
     "dense": Case(both=(0.05, 0.05), law="dense"),
     "dense, always": Case(both=(1.0, 1.0), law="dense"),
+    "dense, NaN of float16": Case(value="float32", storage="float16", both=(1.0, 1.0), law="dense"),
+    "dense, NaN of bfloat16": Case(value="float32", both=(1.0, 1.0), law="dense"),
     "dense, sign and exponent": Case(both=(0.3, 0), law="dense"),
     "dense, mantissa": Case(both=(0, 0.3), law="dense"),
     "dense, different bits": Case(bits=few(16, 0.5), law="dense"),
@@ -134,7 +138,11 @@ def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     code, table = case.code()
     value, context, tokens = case.operands()
     stored = golden(code, value, table, context, tokens)
-    kept = torch.ones_like(stored, dtype=torch.bool) if case.zero_above is None else stored.abs() < case.zero_above
+    kept = (
+        torch.ones_like(stored, dtype=torch.bool)
+        if case.zero_above is None
+        else stored.double().abs() < case.zero_above
+    )
     return torch.where(kept, stored, 0), kept
 
 
@@ -229,31 +237,39 @@ COMPILED = {
 }
 
 
+def launched(case: Case):
+    """The kernel that a case launches, and its arguments by name."""
+    from transforms.kernels import bitflip as kernels
+
+    code, _ = case.code()
+    recorded = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *tensors, **arguments: recorded.append((self.kernel, tensors, arguments))
+
+    value, context, tokens = case.operands()
+    value = value.contiguous()
+    table = torch.zeros(99, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "wrap_triton", Recorder)
+        kernels._launch(value.clone(), value, value.clone(), table, context, tokens, code.text)
+    [(kernel, tensors, arguments)] = recorded
+    return kernel, {**dict(zip(kernel.arg_names, tensors)), **arguments}
+
+
 def compile_ahead(case: Case, changes: dict):
-    """The kernel of a case compiled for compute capability 9.0, with the arguments that `_launch` gives it."""
+    """The kernel of a case compiled for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from transforms.kernels import bitflip as kernels
-
-    code, _ = case.code()
-    launched = {}
-
-    class Recorder:
-        def __init__(self, kernel):
-            launched["kernel"] = kernel
-
-        def __getitem__(self, grid):
-            return lambda *tensors, **arguments: launched.update(arguments)
-
-    value, context, tokens = case.operands()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "wrap_triton", Recorder)
-        value = value.contiguous()
-        kernels._launch(None, value, value.clone(), torch.zeros(99, dtype=torch.int64), context, tokens, code.text)
-    kernel, num_warps = launched.pop("kernel"), launched.pop("num_warps")
-    constants = {name: launched[name] for name in kernel.arg_names if name.isupper()}
+    kernel, arguments = launched(case)
+    arguments["PULL"] = False
+    constants = {name: arguments[name] for name in kernel.arg_names if name.isupper()}
     constants |= {name: change for name, change in changes.items() if name.isupper()}
     tensors = dict.fromkeys(("value", "grad", "out"), POINTERS[case.value])
     tensors |= dict.fromkeys(("table", "context", "tokens"), "*i64")
@@ -263,7 +279,7 @@ def compile_ahead(case: Case, changes: dict):
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in (*tensors, "width")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -283,6 +299,30 @@ def test_a_thread_draws_the_words_of_one_chunk(tmp_path, monkeypatch):
     assert text.count("mul.hi.u32") <= 14 * draws + 2 * draws
     assert "ld.global.v4" in text
     assert "st.global.v4" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("chunk, thinned", {}), ("chunk, tokens", {"IN_PLACE": True}), ("dense, tokens", {}), ("dense, stuck", {})],
+)
+def test_compiled_code_sees_that_only_the_output_is_written(name, changes, monkeypatch):
+    """torch.compile copies what it believes a kernel writes; it must not believe so of the context or the value."""
+    import triton
+    from torch._higher_order_ops import triton_kernel_wrap
+    from triton.backends.compiler import GPUTarget
+
+    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
+        pytest.skip("this torch analyses kernels by another function")
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    kernel, arguments = launched(CASES[name])
+    del arguments["num_warps"]
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    found = triton_kernel_wrap.identify_accessed_tensors(kernel, {**arguments, **changes}, {})
+    assert [written.name for written in found.read_writes.writes] == ["out"]
 
 
 @pytest.mark.gpu

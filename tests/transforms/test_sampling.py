@@ -20,7 +20,6 @@ from transforms.context import Noise
 from transforms.noise import stream_key
 from transforms.sampling import (
     CHUNK,
-    CHUNK_LAW_BELOW,
     DRAWS,
     Law,
     choose_law,
@@ -181,8 +180,11 @@ def test_thinned_hits_are_binomial_per_bit_and_independent():
     law = choose_law(probabilities)
     assert law.thinned
     assert law.cells == 16 * CHUNK
-    masks = torch.cat([draw(law, probabilities, 256, 64, step).flatten(0, 1) for step in range(8)])
-    low, high = (torch.stack([(masks >> bit) & 1 for bit in bits]).sum((0, 2)) for bits in (range(7), range(9, 16)))
+    masks = torch.cat([draw(law, probabilities, 256, 64, step).flatten(0, 1) for step in range(4)])
+    chunk, element = masks.nonzero(as_tuple=True)
+    hit, bit = bits_of(masks[chunk, element], 16).T.nonzero(as_tuple=True)
+    assert not ((bit == 7) | (bit == 8)).any()
+    low, high = (torch.bincount(chunk[hit[side]], minlength=len(masks)) for side in (bit < 7, bit > 8))
     for number, p in ((low, 2e-4), (high, 1e-3)):
         seen = torch.bincount(number, minlength=30)
         assert fits(seen.tolist(), [len(masks) * q for q in binomial(7 * CHUNK, p, len(seen))])
@@ -383,9 +385,9 @@ def test_stuck_cells_read_the_same_value_whatever_is_stored(storage):
 
 @pytest.mark.parametrize("num_bits", [1, 3, 7, 9, 16, 32])
 def test_the_law_changes_where_two_percent_of_the_elements_are_hit(num_bits):
-    limit = -math.expm1(math.log1p(-CHUNK_LAW_BELOW) / num_bits)
+    limit = -math.expm1(math.log1p(-0.02) / num_bits)
     below, above = limit * (1 - 1e-12), limit * (1 + 1e-12)
-    assert element_rate([below] * num_bits) < CHUNK_LAW_BELOW <= element_rate([above] * num_bits)
+    assert element_rate([below] * num_bits) < 0.02 <= element_rate([above] * num_bits)
     assert choose_law([below] * num_bits).name == "chunk"
     assert choose_law([above] * num_bits).name == "dense"
     assert choose_law([below] * num_bits, persistent=True).name == "dense"
@@ -462,7 +464,7 @@ def shortfall(cells, p, slots):
 
 @pytest.mark.parametrize("num_bits", [1, 2, 3, 4, 7, 8, 9, 10, 16, 23, 32])
 def test_slots_fall_short_less_than_once_in_2_to_the_32(num_bits):
-    limit = -math.expm1(math.log1p(-CHUNK_LAW_BELOW) / num_bits) * (1 - 1e-12)
+    limit = -math.expm1(math.log1p(-0.02) / num_bits) * (1 - 1e-12)
     worst = 0.0
     for power in range(200):
         p = limit * 0.93**power
@@ -596,6 +598,20 @@ def test_a_cell_fails_where_its_uniform_is_below_p_to_the_last_bit():
             law = choose_law(probabilities, persistent=True)
             mask = failed_cells(law, torch.tensor(make_table(law, probabilities)), drawn)
             assert bool(mask[0, 1, element] != 0) is fails
+
+
+def test_thresholds_of_the_chunk_law_are_the_last_words_on_their_side():
+    """Crafted words: more than the count's threshold is a hit, up to its own threshold a hit is kept."""
+    law, table = Law("chunk", 0, 2, 1, True), torch.tensor([1000, ONES, 500])
+
+    def mask(count, cell, keep):
+        place = -(-cell * 2**32 // law.cells)
+        return failed_cells(law, table, lambda _: tuple(torch.tensor([[[w]]]) for w in (count, 0, place, keep)))[0, 0]
+
+    assert int(mask(1001, 128 + 9, 500)[9]) == 2
+    assert int(mask(1001, 9, ONES)[9]) == 1
+    assert not mask(1000, 9, 0).any()
+    assert not mask(1001, 128 + 9, 501).any()
 
 
 def test_the_draw_of_a_chunk_carries_into_the_second_word():
