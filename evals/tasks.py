@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def evaluate_tasks(
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     folders = [include_path] if include_path else []
     names = []
@@ -38,7 +38,7 @@ def evaluate_tasks(
             names.append(_task_name(Path(task)))
         else:
             names.append(task)
-    manager = TaskManager(include_path=folders or None)
+    manager = _task_manager(tuple(folders))
     known = set(manager.all_tasks)
     unknown = [name for name in names if name not in known and "*" not in name]
     if unknown:
@@ -51,6 +51,14 @@ def evaluate_tasks(
         task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
+
+
+@cache
+def _task_manager(folders: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks, which takes it seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders) or None)
 
 
 def _task_name(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, export, eval, generate."""
+"""The command `newcompute`: plan, prepare, export, eval, sweep-noise, generate."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text)
     _export_parser(commands)
     _eval_parser(commands)
+    _sweep_parser(commands)
     _generate_parser(commands)
     return parser
 
@@ -82,18 +83,55 @@ def _eval_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="perplexity and bits per byte of text files, and lm-eval tasks")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval task definitions")
+    parser.add_argument("--limit", type=_positive, help="examples per task")
+    parser.add_argument(
+        "--transforms",
+        nargs="+",
+        metavar="FILE.toml",
+        help='hardware effects: files of [[transforms]] tables, or "run" for those of the run',
+    )
+    parser.add_argument("--mode", choices=["clean", "chip", "resample"], help="with --transforms (default chip)")
+    _noise_arguments(parser)
+    _forward_arguments(parser)
+    parser.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
+    parser.set_defaults(run=_eval)
+
+
+def _sweep_parser(commands: Any) -> None:
+    parser = commands.add_parser("sweep-noise", help="perplexity against the probability of bit errors, with a plot")
+    parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
+    parser.add_argument(
+        "--transforms",
+        nargs="+",
+        required=True,
+        metavar="FILE.toml",
+        help="[[transforms]] whose probabilities above 0 are changed",
+    )
+    parser.add_argument("--text", required=True, metavar="FILE", help="text file")
+    parser.add_argument("--probabilities", required=True, metavar="P,P", help="as in 1e-6,1e-5,1e-4")
+    parser.add_argument("--mode", default="chip", choices=["chip", "resample"])
+    _noise_arguments(parser)
+    _forward_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="result; the plot goes beside it as .png")
+    parser.set_defaults(run=_sweep)
+
+
+def _noise_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chips", type=_positive, help="simulated chips, or passes with resample (default 5)")
+    parser.add_argument("--first-chip", type=_count, metavar="N", help="number of the first; 0 trained (default 1)")
+    parser.add_argument("--noise-seed", type=_count, metavar="N", help="default: that of the file's [noise], else 1234")
+
+
+def _forward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_positive, help="tokens per window (default: the model's context, at most 512)"
     )
     parser.add_argument("--stride", type=_positive, help="tokens between windows (default: the context, no overlap)")
-    parser.add_argument("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file")
-    parser.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval task definitions")
-    parser.add_argument("--limit", type=_positive, help="examples per task")
     parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
-    parser.set_defaults(run=_eval)
 
 
 def _generate_parser(commands: Any) -> None:
@@ -110,6 +148,12 @@ def _generate_parser(commands: Any) -> None:
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text}")
     return int(text)
 
 
@@ -153,13 +197,35 @@ def _export(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     if not options.text and not options.tasks:
         raise ValueError("nothing to evaluate: give --text FILE or --tasks NAME")
+    _refuse_noise_options(options)
     from evals.models import load_model
     from evals.report import print_results
 
     if options.out:  # refused before the work rather than after it
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    model = load_model(options.model, options.device, options.dtype)
-    result: dict[str, Any] = {"model": model.name, "transforms": [], "text": {}, "tasks": {}}
+    if options.transforms:
+        result = _eval_under_transforms(options)
+    else:
+        model = load_model(options.model, options.device, options.dtype)
+        result = {"model": model.name, "transforms": [], **_eval_clean(options, model)}
+    print_results(result)
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_noise_options(options: argparse.Namespace) -> None:
+    """An option that would change nothing is a mistake, and a clean figure must not pass for another."""
+    values = vars(options)
+    names = ("mode", "chips", "first_chip", "noise_seed")
+    given = [f"--{name.replace('_', '-')}" for name in names if values[name] is not None]
+    if given and not options.transforms and options.mode != "clean":
+        raise ValueError(f"{given[0]}: there are no hardware effects without --transforms FILE.toml")
+    if options.first_chip is not None and options.mode == "resample":
+        raise ValueError("--first-chip: resample draws weights for every batch, it has no chips to number")
+
+
+def _eval_clean(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {"text": {}, "tasks": {}}
     if options.text:
         from evals.text import choose_protocol, evaluate_text, protocol_record
 
@@ -169,11 +235,70 @@ def _eval(options: argparse.Namespace) -> None:
     if options.tasks:
         from evals.tasks import evaluate_tasks
 
-        names = [name for name in options.tasks.split(",") if name]
-        result["tasks"] = evaluate_tasks(model, names, options.include_path, options.limit, options.batch_size)
-    print_results(result)
-    if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result["tasks"] = evaluate_tasks(
+            model, _names(options.tasks), options.include_path, options.limit, options.batch_size
+        )
+    return result
+
+
+def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
+    from evals.chips import read_transforms, record, tasks_over_chips, text_over_chips
+    from evals.models import load_model
+    from evals.text import choose_protocol, protocol_record
+
+    transforms = read_transforms(options.transforms, options.model)  # refused before the model is loaded
+    model = load_model(options.model, options.device, options.dtype)
+    noisy = transforms.attach(model, options.noise_seed)
+    trials = _trials(options)
+    result: dict[str, Any] = {"model": model.name, **record(transforms, trials, noisy, options.batch_size)}
+    if options.mode == "clean":
+        with noisy.clean():
+            return result | _eval_clean(options, model)
+    result |= {"text": {}, "tasks": {}}
+    if options.text:
+        files = [Path(file) for file in options.text]
+        protocol = choose_protocol(model.context, options.context, options.stride)
+        result["text"] = text_over_chips(model, noisy, trials, files, protocol, options.batch_size)
+        result["protocol"] = protocol_record(protocol)
+    if options.tasks:
+        how = {"include_path": options.include_path, "limit": options.limit, "batch_size": options.batch_size}
+        result["tasks"] = tasks_over_chips(model, noisy, trials, _names(options.tasks), **how)
+    return result
+
+
+def _trials(options: argparse.Namespace) -> Any:
+    from evals.chips import Trials
+
+    first = 1 if options.first_chip is None else options.first_chip
+    return Trials(options.mode or "chip", options.chips or 5, first)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    _refuse_noise_options(options)
+    from evals.chips import read_transforms
+    from evals.models import load_model
+    from evals.sweep import draw, read_probabilities, sweep
+    from evals.text import choose_protocol, protocol_record
+
+    out = Path(options.out)
+    if out.suffix == ".png":
+        raise ValueError(f"--out {out}: expected a name for the JSON; the plot goes beside it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    probabilities = read_probabilities(options.probabilities)
+    transforms = read_transforms(options.transforms, options.model)
+    model = load_model(options.model, options.device, options.dtype)
+    protocol = choose_protocol(model.context, options.context, options.stride)
+    trials = _trials(options)
+    seed = options.noise_seed
+    found = sweep(model, transforms, Path(options.text), probabilities, trials, protocol, options.batch_size, seed)
+    head = {"model": model.name, "text": options.text, "protocol": protocol_record(protocol)}
+    out.write_text(json.dumps(head | found, indent=2) + "\n", encoding="utf-8")
+    draw({Path(options.transforms[0]).stem: found["points"]}, found["clean"], model.name, out.with_suffix(".png"))
+    print(f"{out}, {out.with_suffix('.png')}")
 
 
 def _generate(options: argparse.Namespace) -> None:

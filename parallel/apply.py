@@ -39,8 +39,7 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Noise | None:
     """
     noise = None
     if config.transforms:
-        seed = config.run.seed if config.noise.seed is None else config.noise.seed
-        noise = transforms.apply(model, config.transforms, seed)
+        noise = transforms.apply(model, config.transforms, config.noise_seed)
     eager = None if config.compile.enabled else noise
     apply_activation_checkpointing(model, config.activation_checkpointing.mode, eager)
     if config.compile.enabled:

@@ -260,6 +260,10 @@ class Config(Section):
     """Hardware effects and adapters: `[[transforms]]` tables, each with a `kind` (docs/transforms.md)."""
 
     @property
+    def noise_seed(self) -> int:
+        return self.run.seed if self.noise.seed is None else self.noise.seed
+
+    @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.training.sequence_length
 

@@ -142,7 +142,7 @@ def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int
     from train.config_rules import cross_checks
 
     sources = read_sources(files, flags)
-    config, broken = _validate(sources)
+    config, broken = validate(sources)
     for problem in cross_checks(config, world_size):
         if not any(key == problem.key or key.startswith(problem.key + ".") for key in broken):
             origin = problem.origin or sources.origin(problem.key)
@@ -244,7 +244,7 @@ def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", info
 
 
-def _validate(sources: Sources) -> tuple[Config, set[str]]:
+def validate(sources: Sources) -> tuple[Config, set[str]]:
     """A configuration from what is valid, and the keys that are not; their problems are added to `sources`."""
     broken: set[str] = set()
     for _ in range(100):  # each round removes at least one offending key

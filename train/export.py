@@ -116,6 +116,7 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
         "parameters": num_parameters(model.shape),
         "tokens": model.commit.step * model.config.tokens_per_step,
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
+        "noise_seed": model.config.noise_seed,
     }
     write_json(partial / PROVENANCE, provenance)
     if out.exists():

@@ -140,6 +140,7 @@ class _Screen:
             self.say(
                 f"step {row['step']}/{self.total}  validation: loss {row['val_loss']:.4f}  perplexity "
                 f"{row['val_perplexity']:.2f}  bits per byte {row['val_bits_per_byte']:.4f}"
+                + (f"  (without hardware effects: {row['val_loss_clean']:.4f})" if "val_loss_clean" in row else "")
             )
             return
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"

@@ -51,7 +51,8 @@ class Applied:
 def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) -> Noise:
     """Put the transforms on a model's layers, in the order given but adapters first, and return their shared state.
 
-    Call `Noise.fill` once the buffers are where they will live, and `Noise.begin` before each forward.
+    The effects' tables are made on the CPU (or on meta, where that is the default device): move the model, call
+    `Noise.fill` where `to_empty` has moved it, and `Noise.begin` before each forward.
 
     Raises:
         TransformError: a pattern matches nothing, or a layer that cannot be transformed; the model is as before then.

@@ -1,0 +1,218 @@
+"""Evaluations repeated over simulated chips: which transforms, which chips, and figures with their spread."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from evals.models import EvalModel
+from evals.noise import NoisyModel
+from evals.tasks import evaluate_tasks
+from evals.text import Protocol, evaluate_text
+from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
+from train.export import PROVENANCE, is_run_or_checkpoint, open_trained
+from transforms.apply import TransformError, table
+from transforms.specs import BitflipSpec
+
+OF_THE_RUN = "run"
+"""The word that stands for the transforms a model was trained with."""
+DEFAULT_SEED = 1234
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class TransformList:
+    """Transforms to evaluate under, with what messages about them need."""
+
+    specs: list[BitflipSpec]
+    origins: list[str]
+    """File of each."""
+    seed: int = DEFAULT_SEED
+    """Seed of the noise where the command line gives none."""
+
+    def attach(self, model: EvalModel, seed: int | None = None) -> NoisyModel:
+        """The model under these transforms; `seed` replaces that of the file.
+
+        Raises:
+            ConfigError: a transform does not fit the model; the model is as before then.
+        """
+        try:
+            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed)
+        except TransformError as error:
+            spec, origin = self.specs[error.index], self.origins[error.index]
+            key = f"transforms.{error.index}.modules"
+            raise ConfigError([Problem(str(error), key, spec.modules or None, origin)]) from error
+
+    def record(self) -> list[dict[str, Any]]:
+        return [spec.model_dump(exclude_none=True) for spec in self.specs]
+
+
+def read_transforms(names: Sequence[str], model: str) -> TransformList:
+    """The transforms in TOML files of `[[transforms]]` tables, or those that `model` was trained with.
+
+    Args:
+        names: files, or the one word "run".
+        model: the reference that `load_model` takes.
+
+    Raises:
+        ConfigError: with every problem of the files; ValueError: the model was trained without hardware effects.
+    """
+    if list(names) == [OF_THE_RUN]:
+        return _trained_with(model)
+    sources = read_sources(names, [])
+    for section in [name for name in sources.values if name not in ("transforms", "noise")]:
+        message = "a file of transforms may hold [[transforms]] and [noise] only"
+        sources.problems.append(Problem(message, section, None, sources.origin(section)))
+        del sources.values[section]
+    found = _validated(sources)
+    if not found.specs:
+        raise ConfigError([Problem("there is no [[transforms]] table here", origin=", ".join(names))])
+    return found
+
+
+def _validated(sources: Sources) -> TransformList:
+    """The transforms among merged values; every problem is raised together."""
+    config, _ = validate(sources)
+    kept = []
+    for i, spec in enumerate(config.transforms):
+        if isinstance(spec, BitflipSpec):
+            kept.append(spec)
+        else:
+            message = "adapters are weights: they come with the model, and an evaluation has none to train"
+            sources.problems.append(
+                Problem(message, f"transforms.{i}.kind", spec.kind, sources.origin(f"transforms.{i}"))
+            )
+    if sources.problems:
+        raise ConfigError(sources.problems)
+    seed = DEFAULT_SEED if config.noise.seed is None else config.noise.seed
+    return TransformList(kept, [sources.origin(f"transforms.{i}") for i in range(len(kept))], seed)
+
+
+def _trained_with(model: str) -> TransformList:
+    """The hardware effects of a run or of an export; adapters are left out, their product is in the weights."""
+    path = Path(model)
+    if is_run_or_checkpoint(path):
+        origin = f"the configuration of {path}"
+        config = open_trained(path).config
+        tables = [spec.model_dump(exclude_none=True) for spec in config.transforms]
+        seed = config.noise_seed
+    elif (path / PROVENANCE).exists():
+        origin = str(path / PROVENANCE)
+        provenance = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+        tables, seed = provenance.get("transforms", []), provenance.get("noise_seed", DEFAULT_SEED)
+    else:
+        raise ValueError(f"--transforms {OF_THE_RUN}: {model} is neither a run nor an export of one; name a file")
+    sources = Sources()
+    hardware = [one for one in tables if one.get("kind") != "lora"]
+    sources.set("transforms", hardware, origin)
+    found = replace(_validated(sources), seed=seed)
+    if not found.specs:
+        raise ValueError(f"--transforms {OF_THE_RUN}: {model} was trained without hardware effects")
+    return found
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How often, and on which hardware, something is measured."""
+
+    mode: str
+    """ "chip": simulated chips, each with weights of its own; "resample": weights drawn for every batch; "clean"."""
+    chips: int = 5
+    """Number of chips, or of passes."""
+    first_chip: int = 1
+
+    def run(self, noisy: NoisyModel, measure: Callable[[], Measured]) -> list[Measured]:
+        """One measurement per chip, or per pass; the passes continue one count of batches."""
+        if self.mode == "resample":
+            noisy.resample()
+            return [measure() for _ in range(self.chips)]
+        results = []
+        for number in range(self.first_chip, self.first_chip + self.chips):
+            noisy.chip(number)
+            results.append(measure())
+        return results
+
+
+def text_over_chips(
+    model: EvalModel,
+    noisy: NoisyModel,
+    trials: Trials,
+    files: Sequence[Path],
+    protocol: Protocol,
+    batch_size: int = 8,
+    clean: dict[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_text` with each figure's mean, standard deviation and list over chips, and its clean value.
+
+    Args:
+        clean: what `evaluate_text` found without hardware effects, where that is known.
+    """
+    if clean is None:
+        with noisy.clean():
+            clean = evaluate_text(model, files, protocol, batch_size)
+    rows = trials.run(noisy, lambda: evaluate_text(model, files, protocol, batch_size))
+    results = {}
+    for file, clean_row in clean.items():
+        # Bits per byte are the summed -log p times a constant; perplexity is cut off before it could overflow.
+        finite = [math.isfinite(row[file]["bits_per_byte"]) for row in rows]
+        figures: dict[str, Any] = {}
+        for name in ("perplexity", "bits_per_byte"):
+            figures |= _over_chips(name, [row[file][name] for row in rows], finite) | {f"{name}_clean": clean_row[name]}
+        results[file] = figures | {"non_finite_chips": finite.count(False), "tokens": clean_row["tokens"]}
+    return results
+
+
+def tasks_over_chips(
+    model: EvalModel, noisy: NoisyModel, trials: Trials, tasks: Sequence[str], **options: Any
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_tasks` with each metric's mean, standard deviation and list over chips, and its clean value.
+
+    A chip is left out of a task's figures where one of its logits was not finite: an accuracy would hide that.
+    """
+
+    def measure(task: str) -> tuple[dict[str, dict[str, Any]], bool]:
+        found = evaluate_tasks(model, [task], **options)
+        finite = not bool(noisy.non_finite)
+        noisy.non_finite.zero_()
+        return found, finite
+
+    results: dict[str, dict[str, Any]] = {}
+    for task in tasks:  # one by one, so that each has its own count of chips that are not finite
+        with noisy.clean():
+            clean, _ = measure(task)
+        trial = trials.run(noisy, lambda task=task: measure(task))  # type: ignore[misc]
+        for name, metrics in clean.items():  # a group of tasks has several names
+            figures: dict[str, Any] = {}
+            for metric, value in metrics.items():
+                values = [found[name][metric] for found, _ in trial]
+                figures |= _over_chips(metric, values, [finite for _, finite in trial]) | {f"{metric}_clean": value}
+            results[name] = figures | {"non_finite_chips": sum(not finite for _, finite in trial)}
+    return results
+
+
+def _over_chips(name: str, values: Sequence[float], finite: Sequence[bool]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the finite chips, None where there is none, and the list."""
+    listed = [value if good and math.isfinite(value) else None for value, good in zip(values, finite)]
+    kept = [value for value in listed if value is not None]
+    deviation = statistics.stdev(kept) if len(kept) > 1 else 0.0
+    return {
+        name: statistics.fmean(kept) if kept else None,
+        f"{name}_std": deviation if kept else None,
+        f"{name}_per_chip": listed,
+    }
+
+
+def record(transforms: TransformList, trials: Trials, noisy: NoisyModel, batch_size: int) -> dict[str, Any]:
+    """What a result says of the hardware it was measured on."""
+    found = {"transforms": transforms.record(), "table": list(table(noisy.noise)), "mode": trials.mode}
+    found["noise_seed"] = noisy.noise.seed
+    if trials.mode == "clean":
+        return found
+    found["chips"] = trials.chips
+    return found | ({"first_chip": trials.first_chip} if trials.mode == "chip" else {"batch_size": batch_size})

@@ -1,0 +1,218 @@
+"""Hardware effects on a loaded transformers model, with noise that belongs to the text and not to how it is batched.
+
+A training batch knows each row by its number. An evaluated text has none: it may stand in any batch, be padded on
+either side, or be continued token by token behind a KV cache, and must meet the same noise each time. So the noise at a
+token is a function of the tokens up to it:
+
+    position(t) = number of tokens before t, pads not counted
+    sample(t)   = sum over i <= t of mix(token_i, position(i)), pads skipped, modulo 2^32
+
+where mix is the first word of Philox at counter (token, position, 0, 0) with key (0, 0). Later tokens change nothing
+before them. A KV cache carries the counts and sums of the tokens that it holds, and follows whatever happens to its
+rows.
+
+Two ways to draw the rest. A *chip* keeps its weights, as a device would: drawn once, under a key of its own. *Resample*
+draws weights anew for every batch: the average over chips in one pass, at the price that it depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transforms.apply import apply, remove
+from transforms.noise import philox_4x32
+from transforms.specs import BitflipSpec, LoraSpec
+
+_MASK32 = 0xFFFFFFFF
+_OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state")
+"""Arguments in which models without a KV cache carry what came before."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the noise of a batch depends on, after each of its tokens."""
+
+    counts: Tensor
+    """(B, T) int64, tokens so far, pads not counted."""
+    sums: Tensor
+    """(B, T) int64, running sum of `mix` modulo 2^32."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(2, B, T) int64, position and sample of each token, as `Noise.begin` takes them; those of pads mean nothing."""
+        return torch.stack([(self.counts - 1).clamp(min=0), self.sums])
+
+    def extended(self, input_ids: Tensor, real: Tensor) -> History:
+        """This history followed by further tokens, (B, T) int64; `real` (B, T) is False for pads."""
+        count, total = self.counts[:, -1:].sum(1, True), self.sums[:, -1:].sum(1, True)  # 0 where there is none yet
+        counts = count + real.cumsum(1)
+        mixed = philox_4x32((input_ids & _MASK32, (counts - 1).clamp(min=0), 0, 0), (0, 0))[0]
+        sums = (total + torch.where(real, mixed, 0).cumsum(1)) & _MASK32
+        return History(torch.cat([self.counts, counts], 1), torch.cat([self.sums, sums], 1))
+
+    def rows(self, indices: Tensor) -> History:
+        indices = indices.to(self.counts.device)
+        return History(self.counts[indices], self.sums[indices])
+
+    def columns(self, begin: int, end: int | None = None) -> History:
+        return History(self.counts[:, begin:end], self.sums[:, begin:end])
+
+    @staticmethod
+    def empty(batch: int, device: torch.device) -> History:
+        nothing = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return History(nothing, nothing)
+
+
+def token_noise(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """(2, B, T) int64: position and sample of every token of a batch (B, T) that nothing precedes."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    return History.empty(len(input_ids), input_ids.device).extended(input_ids, real).tokens
+
+
+class NoisyModel:
+    """Transforms on a transformers model, and on which hardware its forwards run.
+
+    Every forward of the model then says where it stands, `generate` included. `chip` or `resample` has to be called
+    before the first; `clean` gives a context without hardware effects. `detach` leaves the model as it was.
+
+    Raises:
+        TransformError: a transform does not fit the model, which is as before then.
+    """
+
+    def __init__(self, model: Any, specs: Sequence[BitflipSpec | LoraSpec], seed: int):
+        self.model = model
+        self.noise = apply(model, specs, seed)
+        model.to(model.device)  # the effects' tables
+        self.non_finite = torch.zeros((), dtype=torch.bool, device=model.device)
+        """Whether a forward gave logits that are not finite since a chip was last chosen."""
+        self._parameters = inspect.signature(model.forward)
+        self._batch: int | None = None
+        self._history: History | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def chip(self, number: int) -> None:
+        """From now on, the hardware is chip `number`. Chip 0 is the one that persistent faults of a run are of."""
+        self._enter(f"chip {number}", None)
+
+    def resample(self) -> None:
+        """From now on, every forward meets new weights; the count of forwards begins again."""
+        self._enter("resample", 0)
+
+    def _enter(self, phase: str, batch: int | None) -> None:
+        self.noise.enter(phase)
+        self._batch = batch
+        self.non_finite.zero_()
+
+    def clean(self) -> AbstractContextManager[None]:
+        return self.noise.off()
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        remove(self.model)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the layers which tokens they are about to see."""
+        given = self._parameters.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        ids = given.get("input_ids")
+        if ids is None:
+            raise ValueError("noise follows the tokens of a text: call the model with input_ids, not with embeddings")
+        carried = [name for name in _OTHER_STATES if given.get(name) is not None]
+        if carried:
+            raise ValueError(f"{carried[0]} carries earlier tokens in a way that the noise cannot follow")
+        if isinstance(given.get("logits_to_keep"), Tensor):
+            raise ValueError("logits_to_keep: the output head's noise needs a number of last tokens, not a selection")
+        before = _history_of(given.get("past_key_values"), ids)
+        self._history = before.extended(ids, _real(given.get("attention_mask"), ids, before.counts.shape[1]))
+        tokens = self._history.columns(before.counts.shape[1]).tokens
+        self.noise.begin(self._batch or 0, 0, ids.device, group=0, tokens=tokens)
+        if self._batch is not None and not self.noise.clean:
+            self._batch += 1
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Leave the history with the cache that holds these tokens' keys and values."""
+        from transformers import Cache
+
+        parts: Any = output.values() if hasattr(output, "values") else output
+        for part in parts:
+            if isinstance(part, Cache):
+                if not hasattr(type(part), "follows_noise"):
+                    of: Any = type(part)
+                    part.__class__ = _following(of)
+                part.noise_history = self._history
+        logits = getattr(output, "logits", None)
+        if logits is not None:
+            self.non_finite |= ~logits.isfinite().all()
+
+
+def _history_of(past: Any, ids: Tensor) -> History:
+    """What a KV cache says of the tokens before a batch."""
+    from transformers import Cache
+
+    if past is not None and not isinstance(past, Cache):
+        raise ValueError(f"past_key_values: the noise follows a transformers Cache, not a {type(past).__name__}")
+    length = 0 if past is None else int(past.get_seq_length())
+    if not length:
+        return History.empty(len(ids), ids.device)
+    history = getattr(past, "noise_history", None)
+    if history is None or history.counts.shape != (len(ids), length):
+        raise ValueError(
+            f"past_key_values holds {length} tokens of which the noise knows nothing: fill the cache through this "
+            "model, under these transforms, and change it with its own methods only"
+        )
+    return history
+
+
+def _real(mask: Any, ids: Tensor, length: int) -> Tensor:
+    """(B, T) bool, False for pads, from an attention mask that also spans the `length` tokens of a cache."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    expected = (len(ids), length + ids.shape[1])
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: noise needs one of shape {expected} to tell tokens from pads, not {shape}")
+    return mask[:, length:].to(ids.device) != 0
+
+
+@cache
+def _following(base: Any) -> Any:
+    """The class of caches of class `base` that take the history along when their rows or tokens are rearranged.
+
+    A class rather than functions on the instance, so that a copy of a cache has a history of its own.
+    """
+
+    class Following(base):
+        follows_noise = True
+        noise_history: History
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.noise_history = self.noise_history.rows(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self.noise_history = self.noise_history.rows(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            batch = torch.arange(len(self.noise_history.counts))
+            self.noise_history = self.noise_history.rows(batch.repeat_interleave(repeats))
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)  # by a length in one version of transformers, by a difference in another
+            self.noise_history = self.noise_history.columns(0, int(self.get_seq_length()))
+
+    Following.__name__ = Following.__qualname__ = base.__name__
+    return Following
