@@ -130,7 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=5.0, help="clean time of a block of steps")
     parser.add_argument("--max-steps", type=int, default=50)
-    parser.add_argument("--cpu-layers", type=json.loads, default={"60M": 4, "200M": 2, "1.1B": 1})
+    parser.add_argument("--cpu-layers", type=json.loads, default={"200M": 4, "1.1B": 2})
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/transform_cost_DEVICE.json")
     return parser.parse_args()
 

@@ -66,8 +66,8 @@ class BitflipCode:
     persistent: bool = False
     stuck: bool = False
     limits: tuple[float, ...] = field(init=False, compare=False)
-    """The smallest number of each format (in the order of `STORAGE`) that is not below the threshold: values are compared
-    in their own dtype, and eager and compiled code round a threshold that this has not differently."""
+    """The smallest number of each format (in the order of `STORAGE`) that is not below the threshold: eager and compiled
+    code round a threshold that lies between two numbers of a format differently."""
     text: str = field(init=False, compare=False)
     """The code as an argument of an operation, made ahead: compiled code cannot make it."""
 

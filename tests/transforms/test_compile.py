@@ -14,8 +14,10 @@ from parallel import mesh as meshes
 from parallel.init import init_weights
 from train.config import named_shape
 from train.config_sources import load_config
+from transforms.bitflip import Bitflip, bit_probabilities
 from transforms.context import Noise
 
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 FAULTS = "{ sign_exponent = 0.0005, mantissa = 0.0005, zero_above = 8.0 }"
 BITFLIP = f'[{{ kind = "bitflip", weight = {FAULTS}, input = {FAULTS} }}]'
 TOKENS = torch.arange(2 * 32).view(2, 32) % 60
@@ -152,3 +154,16 @@ def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, compiled):
     noisy = saved_bytes(*build(mesh, tmp_path, text_corpus, **sizes))
     assert clean > 1e6, "something must be saved for the ratio to mean anything"
     assert noisy / clean <= 1.05
+
+
+def test_operations_are_what_the_compiler_takes_them_for():
+    """Schema, fake results, no aliasing: torch's own checks of the two operations that compiled blocks contain."""
+    noise = Noise(0)
+    noise.begin(3, 4, torch.device("cpu"))
+    probabilities = bit_probabilities("bfloat16", 0.001, 0.0)
+    for role, value in (("w", torch.randn(40, 24)), ("x", torch.randn(2, 8, 40)), ("x", torch.randn(2, 8, 40).bfloat16())):
+        effect = Bitflip(noise, "layer", role, "bfloat16", probabilities)
+        effect.fill(0, "train")
+        arguments = (value, effect.table, noise.context, None, effect.code.text)
+        torch.library.opcheck(torch.ops.newcompute.bitflip.default, arguments, test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.newcompute.after.default, (noise.context, torch.randn(3)), test_utils=CHECKS)
