@@ -36,7 +36,7 @@ _NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000
 
 def _not_below(number: float, dtype: torch.dtype) -> float:
     """The smallest number of a format that is not below `number`, which is not negative."""
-    rounded = torch.tensor(number, dtype=torch.float64).to(dtype)
+    rounded = torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype)
     if float(rounded) < number:
         integer = torch.int16 if dtype.itemsize == 2 else torch.int32
         rounded = (rounded.view(integer) + 1).view(dtype)

@@ -159,7 +159,7 @@ def test_weights_of_two_processes_start_bit_identical(tmp_path):
         "config = load_config([], ['--run.device', 'cpu', '--compile.enabled', 'false', '--model.shape.num_heads', '3',\n"
         "    '--model.shape.num_kv_heads', '1', '--model.shape.dim', '33', '--model.shape.head_dim', '10'])\n"
         "mesh = meshes.start('cpu', replicate, shard)\n"
-        "model = build_model(config, mesh, named_shape(config.model, 301))\n"
+        "model, _ = build_model(config, mesh, named_shape(config.model, 301))\n"
         "init_weights(model, 5)\n"
         "full = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}\n"
         "if mesh.is_main: torch.save(full, out)\n"
