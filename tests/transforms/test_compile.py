@@ -161,7 +161,11 @@ def test_operations_are_what_the_compiler_takes_them_for():
     noise = Noise(0)
     noise.begin(3, 4, torch.device("cpu"))
     probabilities = bit_probabilities("bfloat16", 0.001, 0.0)
-    for role, value in (("w", torch.randn(40, 24)), ("x", torch.randn(2, 8, 40)), ("x", torch.randn(2, 8, 40).bfloat16())):
+    for role, value in (
+        ("w", torch.randn(40, 24)),
+        ("x", torch.randn(2, 8, 40)),
+        ("x", torch.randn(2, 8, 40).bfloat16()),
+    ):
         effect = Bitflip(noise, "layer", role, "bfloat16", probabilities)
         effect.fill(0, "train")
         arguments = (value, effect.table, noise.context, None, effect.code.text)
