@@ -197,13 +197,12 @@ def tasks_over_chips(
 
 
 def _over_chips(name: str, values: Sequence[float], finite: Sequence[bool]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the finite chips, None where there is none, and the list."""
+    """Mean and sample standard deviation over the finite chips, None where these are too few, and the list."""
     listed = [value if good and math.isfinite(value) else None for value, good in zip(values, finite)]
     kept = [value for value in listed if value is not None]
-    deviation = statistics.stdev(kept) if len(kept) > 1 else 0.0
     return {
         name: statistics.fmean(kept) if kept else None,
-        f"{name}_std": deviation if kept else None,
+        f"{name}_std": statistics.stdev(kept) if len(kept) > 1 else None,
         f"{name}_per_chip": listed,
     }
 

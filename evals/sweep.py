@@ -76,7 +76,8 @@ def sweep(
 def describe(point: Mapping[str, Any]) -> str:
     """One point as a line for people."""
     broken, chips = point["non_finite_chips"], len(point["perplexity_per_chip"])
-    figure = "" if point["perplexity"] is None else f"{point['perplexity']:.4f} ± {point['perplexity_std']:.4f}"
+    spread = "" if point["perplexity_std"] is None else f" ± {point['perplexity_std']:.4f}"
+    figure = "" if point["perplexity"] is None else f"{point['perplexity']:.4f}{spread}"
     failed = f"{broken} of {chips} not finite" if broken else ""
     return f"p = {point['p']:.3g}: perplexity {', '.join(part for part in (figure, failed) if part)}"
 
@@ -103,6 +104,8 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], clean: float, title:
                 height = point["perplexity"] or clean
                 text = f"{point['non_finite_chips']}/{len(point['perplexity_per_chip'])} not finite"
                 axes.annotate(text, (point["p"], height), color=color, fontsize=6, rotation=45)
+    everywhere = [point["p"] for points in curves.values() for point in points]
+    axes.plot(everywhere, [clean] * len(everywhere), alpha=0)  # the axes span all p, also where no chip is finite
     axes.axhline(clean, color="black", linestyle="--", linewidth=1, label=f"clean: {clean:.2f}")
     axes.set(xscale="log", yscale="log", xlabel="probability of error per bit", ylabel="perplexity", title=title)
     axes.grid(alpha=0.3)

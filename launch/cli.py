@@ -201,8 +201,8 @@ def _eval(options: argparse.Namespace) -> None:
     from evals.models import load_model
     from evals.report import print_results
 
-    if options.out:  # refused before the work rather than after it
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    if options.out:
+        _check_writable(Path(options.out))
     if options.transforms:
         result = _eval_under_transforms(options)
     else:
@@ -213,6 +213,15 @@ def _eval(options: argparse.Namespace) -> None:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_writable(out: Path) -> None:
+    """Refuse a result file before the work rather than after it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise ValueError(f"--out {out}: this is a folder, expected a file name")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: not writable")
+
+
 def _refuse_noise_options(options: argparse.Namespace) -> None:
     """An option that would change nothing is a mistake, and a clean figure must not pass for another."""
     values = vars(options)
@@ -220,6 +229,8 @@ def _refuse_noise_options(options: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in names if values[name] is not None]
     if given and not options.transforms and options.mode != "clean":
         raise ValueError(f"{given[0]}: there are no hardware effects without --transforms FILE.toml")
+    if options.mode == "clean" and (options.chips or options.first_chip is not None):
+        raise ValueError("--mode clean: there are no chips, leave --chips and --first-chip out")
     if options.first_chip is not None and options.mode == "resample":
         raise ValueError("--first-chip: resample draws weights for every batch, it has no chips to number")
 
@@ -287,7 +298,7 @@ def _sweep(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix == ".png":
         raise ValueError(f"--out {out}: expected a name for the JSON; the plot goes beside it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(out)
     probabilities = read_probabilities(options.probabilities)
     transforms = read_transforms(options.transforms, options.model)
     model = load_model(options.model, options.device, options.dtype)

@@ -39,7 +39,10 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Noise | None:
     """
     noise = None
     if config.transforms:
-        noise = transforms.apply(model, config.transforms, config.noise_seed)
+        try:
+            noise = transforms.apply(model, config.transforms, config.noise_seed)
+        except transforms.TransformError as error:
+            raise ValueError(f"transforms.{error.index}.modules: {error}") from error
     eager = None if config.compile.enabled else noise
     apply_activation_checkpointing(model, config.activation_checkpointing.mode, eager)
     if config.compile.enabled:

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Commit:
     shape: dict[str, Any]
     tokenizer: str
     """Fingerprint; empty for random data."""
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    """The tables of the adapters whose weights it holds."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -226,11 +228,16 @@ def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     return state
 
 
-def check_model(commit: Commit, path: Path, shape: LlamaShape, tokenizer: str) -> None:
+def check_model(commit: Commit, path: Path, shape: LlamaShape, tokenizer: str, adapters: list[dict[str, Any]]) -> None:
     """
     Raises:
-        CheckpointError: the checkpoint is of another architecture or was trained with another tokenizer.
+        CheckpointError: the checkpoint is of another architecture, or was trained with another tokenizer or other adapters.
     """
+    if adapters != commit.adapters:
+        raise CheckpointError(
+            f"{path} was trained with {commit.adapters or 'no adapters'}, this run has {adapters or 'none'}: "
+            "export it (which merges its adapters) and begin from there with model.init_from"
+        )
     mine = asdict(shape)
     # A longer context changes no weight.
     different = [key for key in mine if key != "max_context" and mine[key] != commit.shape.get(key)]

@@ -155,15 +155,16 @@ def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int
 def read_sources(files: Sequence[str], flags: Sequence[str]) -> Sources:
     """Merge files and flags without validating values; unreadable files and malformed flags become problems."""
     sources = Sources()
+    included: set[str] = set()
     for path in files:
-        _add_file(sources, path, ())
+        _add_file(sources, os.path.normpath(path), (), included)
     leaves = list(_parse_flags(flags, sources.problems))
     sources.add_layer(leaves, {key: f"flag --{key}" for key, _ in leaves})
     return sources
 
 
-def _add_file(sources: Sources, path: str, includers: tuple[str, ...]) -> None:
-    """Add a file, and before it those that its top-level `include` names, relative to it."""
+def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set[str]) -> None:
+    """Add a file, and before it those that its top-level `include` names, relative to it; each is included once."""
     if path in includers:
         sources.problems.append(Problem(f"includes itself: {' -> '.join((*includers, path))}", origin=path))
         return
@@ -181,7 +182,10 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...]) -> None:
         sources.problems.append(Problem("expected an array of file names", "include", included, path))
         included = []
     for name in included:
-        _add_file(sources, os.path.normpath(Path(path).parent / name), (*includers, path))
+        other = os.path.normpath(Path(path).parent / name)
+        if other not in done:
+            _add_file(sources, other, (*includers, path), done)
+            done.add(other)
     leaves = list(_leaves(content))
     sources.add_layer(leaves, {key: path for key, _ in leaves})
 
@@ -253,7 +257,8 @@ def validate(sources: Sources) -> tuple[Config, set[str]]:
         except ValidationError as error:
             found = [(_dotted(detail["loc"], sources), detail) for detail in error.errors()]
             for key, detail in found:
-                if key not in broken:
+                # A table from which a broken key was taken may now lack something: one mistake, one problem.
+                if key not in broken and not any(one.startswith(f"{key}.") for one in broken):
                     sources.problems.append(
                         Problem(_explain(detail, key), key, _value(detail, sources, key), sources.origin(key))
                     )
@@ -281,7 +286,7 @@ def _explain(detail: Any, key: str) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key{_suggest(key)}"
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return "expected a table with keys below it"
     if kind == "string_pattern_mismatch":
         return "expected letters, digits, '.', '_' and '-', beginning with a letter or digit"

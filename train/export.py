@@ -128,6 +128,7 @@ def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors in groups of one file's size, so that no more than that is in memory."""
     sizes = checkpoint_names(model.checkpoint)
     group: dict[str, torch.Size] = {}
+    seen: set[str] = set()
     for name, size in sizes.items():
         if name.endswith(ADAPTERS):
             continue
@@ -136,6 +137,11 @@ def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
             group = {}
         layer = name.removesuffix("weight")
         group |= {key: sizes[key] for key in (name, *(layer + adapter for adapter in ADAPTERS)) if key in sizes}
+        seen |= group.keys()
+    if seen != sizes.keys():
+        raise CheckpointError(
+            f"{model.checkpoint} has adapters without a weight: {', '.join(sorted(sizes.keys() - seen))}"
+        )
     yield model.merged(read_tensors(model.checkpoint, group))
 
 

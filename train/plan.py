@@ -54,8 +54,14 @@ def kept_per_token(shape: LlamaShape, mode: str) -> int:
     return products if mode == "selective" else products + 2 * shape.dim + shape.ffn_dim
 
 
-def plan_memory(config: Config, shape: LlamaShape, shard: int, data_size: int, compute_bytes: int) -> MemoryPlan:
-    """Estimated memory per device for `shard`-way sharding among `data_size` data-parallel processes."""
+def plan_memory(
+    config: Config, shape: LlamaShape, shard: int, data_size: int, compute_bytes: int, trained: int | None = None
+) -> MemoryPlan:
+    """Estimated memory per device for `shard`-way sharding among `data_size` data-parallel processes.
+
+    Args:
+        trained: parameters that are trained where it is not all of them.
+    """
     training = config.training
     sharded = num_parameters(shape, padded=True) / shard
     rows = training.micro_batch_size or training.global_batch_size // data_size
@@ -69,8 +75,8 @@ def plan_memory(config: Config, shape: LlamaShape, shard: int, data_size: int, c
     logit_bytes = 2 * compute_bytes if config.compile.enabled else 2 * compute_bytes + 8
     return MemoryPlan(
         parameters=4 * sharded,
-        gradients=4 * sharded,
-        optimizer=8 * sharded,
+        gradients=4 * (sharded if trained is None else trained / shard),
+        optimizer=8 * (sharded if trained is None else trained / shard),
         gathered=compute_bytes * gathered,
         activations=compute_bytes
         * tokens
@@ -107,7 +113,8 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
     flops = flops_per_token(shape, training.sequence_length)
     on_gpu = config.run.device != "cpu"
     compute_bytes = 4 if config.precision.compute == "float32" or not on_gpu else 2
-    memory = plan_memory(config, shape, shard, world_size, compute_bytes)
+    transform_lines, trained = _transforms(config, shape)
+    memory = plan_memory(config, shape, shard, world_size, compute_bytes, trained)
     peak = peak_flops("H100") or 0.0
     seconds = steps * tokens_per_step * flops / (world_size * mfu * peak)
     lines = [
@@ -123,7 +130,7 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
         f"{steps * tokens_per_step / counted:.1f} per parameter",
         f"compute      {flops:,} FLOPs per token ({FLOPS_FORMULA}); {steps * tokens_per_step * flops:.3e} in all",
         f"time         {_duration(seconds)} on {world_size} H100 at an assumed MFU of {mfu:.0%} (of {peak / 1e12:.0f} TFLOP/s)",
-        *_transform_lines(config, shape),
+        *transform_lines,
         f"memory       {_size(memory.total).strip()} per device (estimate), of which",
     ]
     parts = [
@@ -137,18 +144,23 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
     return lines + [f"             {_size(size)}  {label}" for label, size in parts]
 
 
-def _transform_lines(config: Config, shape: LlamaShape) -> list[str]:
-    """The table of transforms, from a model without memory."""
+def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | None]:
+    """The table of transforms, from a model without memory; and the parameters that are trained, if not all of them."""
     if not config.transforms:
-        return ["transforms   none"]
+        return ["transforms   none"], None
     import torch
 
     from models.llama import Llama
     from transforms.apply import apply, table
 
     with torch.device("meta"):
-        noise = apply(Llama(shape, context=1), config.transforms, seed=0)
-    return [f"{'' if i else 'transforms':12} {line}" for i, line in enumerate(table(noise))]
+        model = Llama(shape, context=1)
+        noise = apply(model, config.transforms, seed=0)
+    lines = [f"{'' if i else 'transforms':12} {line}" for i, line in enumerate(table(noise))]
+    if not any(spec.kind == "lora" for spec in config.transforms):
+        return lines, None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [*lines, f"{'':12} {trained:,} parameters are trained"], trained
 
 
 def _shape(config: Config) -> tuple[LlamaShape, str]:

@@ -65,6 +65,7 @@ class Trainer:
         self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
         self.held_out = data.held_out
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
+        self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
         self.total_steps = total_steps(config, shape)
         self.last_step = min(self.total_steps, config.training.stop_after or self.total_steps)
         self.micro_batch = config.training.micro_batch_size or config.training.global_batch_size // mesh.data_size
@@ -98,7 +99,7 @@ class Trainer:
             self.open_data(None)
             return None
         commit = Commit.read(path)
-        check_model(commit, path, self.shape, self.tokenizer_fingerprint)
+        check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters)
         self.open_data((path, commit.data))
         self.step = commit.step
         materialise_state(self.optimizer)
@@ -256,7 +257,7 @@ class Trainer:
 
         def commit_in(folder: Path) -> Commit:
             state = self.data.save(self.batches, folder, self.mesh.data_rank)
-            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint)
+            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint, self.adapters)
 
         path = self.checkpoints.save(self.step, commit_in)
         recorder.say(f"saved {path}")
@@ -298,8 +299,14 @@ class Trainer:
 
         steps = committed_steps(self.folder.checkpoints)
         last = f"step {max(steps)} in {self.folder.checkpoints}" if steps else "none"
+        flips = any(getattr(spec, "kind", "") == "bitflip" for spec in self.config.transforms)
+        cause = (
+            "  Exponent bits that flip make infinities: a zero_above on weights and inputs clears them.\n"
+            if flips
+            else ""
+        )
         return (
-            f"{problem}. Last good checkpoint: {last}; no checkpoint was written from non-finite state.\n"
+            f"{problem}. Last good checkpoint: {last}; no checkpoint was written from non-finite state.\n{cause}"
             "  Under another run.name (with checkpoint.resume = that checkpoint's path to go on from there), try a lower "
             "optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm; to look at the "
             "text of that step, its rows follow from run.seed and the step."

@@ -109,6 +109,12 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
             raise TransformError(
                 f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
             )
+    if isinstance(spec, LoraSpec):
+        holders = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
+        for name, module in found.items():
+            if holders[id(module._parameters.get("weight"))] > 1:
+                message = f"{name} shares its weight with another module: an adapter could not be merged into it"
+                raise TransformError(message, index)
     return list(found.items())
 
 

@@ -47,7 +47,7 @@ def philox_4x32(
 
 
 def stream_key(seed: int, name: str, role: str, stream: str = "") -> tuple[int, int]:
-    """The 64-bit key of one stream of noise, as two words: the first 8 bytes of blake2b(seed | name | role | stream).
+    """The 64-bit key of one stream of noise, as two words: the 8-byte digest blake2b(seed | name | role | stream).
 
     `name` is the parameter's or module's Hugging Face name, so that a run and its export draw the same.
     """

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from evals.sweep import at_probability, describe, read_probabilities
+from evals.sweep import at_probability, describe, draw, read_probabilities
 from launch.cli import main
 from transforms.specs import BitflipSpec, CellFaults
 
@@ -67,6 +67,12 @@ def test_points_without_a_finite_chip_are_null_and_can_be_drawn(files, tmp_path)
     assert (broken["perplexity"], broken["perplexity_per_chip"]) == (None, [None])
     assert found["batch_size"] == 8
     assert out.with_suffix(".png").exists()
+
+
+def test_a_sweep_without_any_finite_chip_can_be_drawn(tmp_path):
+    points = [{"p": p, "perplexity": None, "perplexity_per_chip": [None], "non_finite_chips": 1} for p in (0.2, 0.5)]
+    draw({"all": points}, 200.0, "none is finite", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_only_probabilities_above_zero_are_changed():

@@ -80,7 +80,7 @@ def test_a_task_is_evaluated_on_a_chip(trained, tmp_path, capsys):
     metrics = evaluate(tmp_path, *arguments)["tasks"]["held_out"]
     bits = metrics["bits_per_byte,none"]
     assert metrics["bits_per_byte,none_per_chip"] == [bits]
-    assert (metrics["bits_per_byte,none_std"], metrics["non_finite_chips"]) == (0, 0)
+    assert (metrics["bits_per_byte,none_std"], metrics["non_finite_chips"]) == (None, 0)
     assert 4 < metrics["bits_per_byte,none_clean"] < 8
     assert bits != metrics["bits_per_byte,none_clean"]
     assert f"{bits:.4f}" in capsys.readouterr().out
@@ -168,7 +168,9 @@ def test_bad_files_of_transforms_are_refused(name, real_inputs, tmp_path, capsys
         (["--chips", "3"], "--chips: there are no hardware effects without --transforms"),
         (["--mode", "chip"], "--mode: there are no hardware effects without --transforms"),
         (["--transforms", "x.toml", "--mode", "resample", "--first-chip", "2"], "it has no chips to number"),
+        (["--transforms", "x.toml", "--mode", "clean", "--chips", "3"], "there are no chips"),
         (["--transforms", "x.toml", "--chips", "0"], "at least 1"),
+        (["--out", "."], "this is a folder, expected a file name"),
         (["--transforms", "x.toml", "--first-chip", "-1"], "at least 0"),
     ],
 )

@@ -10,7 +10,7 @@ from support import tiny_flags
 from evals.models import load_model
 from train.config_sources import ConfigError, load_config
 from train.export import export, open_trained
-from train.job import run_job
+from train.job import JobError, run_job
 from train.prepare import prepare
 
 NOISE = '{ kind = "bitflip", weight = { mantissa = 0.001 }, input = { mantissa = 0.001 } }'
@@ -102,3 +102,42 @@ def test_order_of_tables_does_not_matter(base, text_corpus):
 def test_adapters_need_trained_weights(tmp_path, text_corpus):
     with pytest.raises(ConfigError, match=r"name them with model\.init_from"):
         load_config([], tiny_flags(tmp_path, text_corpus, transforms='[{ kind = "lora" }]'))
+
+
+def test_a_checkpoint_goes_on_only_with_its_own_adapters(base, text_corpus):
+    adapt(base, text_corpus, "four", '[{ kind = "lora", rank = 4 }]')
+    for name, transforms in (
+        ("other_rank", '[{ kind = "lora", rank = 5 }]'),
+        ("other_scale", '[{ kind = "lora", rank = 4, alpha = 320 }]'),
+        ("none", "[]"),
+    ):
+        with pytest.raises(JobError, match=r"(?s)was trained with \[.*'rank': 4.*model\.init_from"):
+            adapt(base, text_corpus, name, transforms, checkpoint__resume=base / "four", training__steps=8)
+    adapt(
+        base, text_corpus, "same", '[{ kind = "lora", rank = 4 }]', checkpoint__resume=base / "four", training__steps=8
+    )
+
+
+def test_a_tied_head_takes_no_adapter(base, text_corpus):
+    tied = base / "tied"
+    config = load_config(
+        [],
+        tiny_flags(base, text_corpus, "tied", training__steps=6, model__shape__tied_embeddings="true"),
+        world_size=1,
+    )
+    run_job(config)
+    export(open_trained(tied), base / "tied_hf")
+    with pytest.raises(JobError, match=r"transforms\.0\.modules: lm_head shares its weight"):
+        adapt(
+            base, text_corpus, "refused", '[{ kind = "lora", modules = ["lm_head"] }]',
+            model__init_from=f"hf:{base / 'tied_hf'}",
+        )  # fmt: skip
+
+
+def test_a_plan_counts_what_is_trained(base, text_corpus, capsys):
+    from launch.cli import main
+
+    flags = {f"model__shape__{key}": None for key in SHAPE} | {"model__init_from": f"hf:{base / 'hf'}"}
+    main(["plan", *tiny_flags(base, text_corpus, **flags, transforms='[{ kind = "lora", rank = 4 }]')])
+    per_layer = 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 80) * 3)
+    assert f"{2 * per_layer:,} parameters are trained" in capsys.readouterr().out

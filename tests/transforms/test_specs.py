@@ -93,3 +93,11 @@ def test_published_preset_is_two_to_the_minus_16_on_all_bits():
     assert spec.lifetime == "transient"
     assert (spec.weight.sign_exponent, spec.weight.mantissa, spec.weight.zero_above) == (2**-16, 2**-16, 1.25)
     assert (spec.input.sign_exponent, spec.input.mantissa, spec.input.zero_above) == (2**-16, 2**-16, 30.0)
+
+
+def test_a_file_that_two_files_include_counts_once(tmp_path):
+    (tmp_path / "effect.toml").write_text(BITFLIP + "weight = { mantissa = 0.1 }\n")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toml").write_text('include = ["effect.toml"]\n')
+    (tmp_path / "both.toml").write_text('include = ["one.toml", "two.toml"]\n')
+    assert len(load_config([str(tmp_path / "both.toml")]).transforms) == 1
