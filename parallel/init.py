@@ -74,13 +74,15 @@ def load_weights(model: Llama, read: Callable[[str, int, int], Tensor]) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: Llama, seed: int) -> None:
+def init_weights(model: Llama, seed: int, adapters_only: bool = False) -> None:
     """Set every parameter to its initial value, in place; sharded or not, the values are the same bits.
 
     Matrices: normal of `model.initial_std(name)`, truncated at 3 sigma. Norms: 1. Padding of the vocabulary: 0. Adapters:
     A of variance 1 / in, B 0.
     """
     for name, parameter in named_parameters(model):
+        if adapters_only and not name.endswith(ADAPTERS):
+            continue  # comes from a file
         local, offsets = _local_part(parameter)
         if name.endswith("lora_B"):
             local.zero_()

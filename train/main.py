@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
         if not is_main:
-            raise SystemExit(2) from None
+            time.sleep(15)  # every process finds the same; the first exit makes torchrun end the others, the speaker too
+            raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 
     from train.job import JobError, run_job

@@ -72,7 +72,7 @@ class Trainer:
         self.folder = RunFolder.of(config)
 
         self.model, self.noise = build_model(config, mesh, shape)
-        init_weights(self.model, config.run.seed)
+        init_weights(self.model, config.run.seed, adapters_only=hf_weights is not None)
         if hf_weights is not None:
             weights = HFWeights(hf_weights)
             expected = {n: p.shape for n, p in named_parameters(self.model) if not n.endswith(ADAPTERS)}
