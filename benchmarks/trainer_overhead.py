@@ -50,6 +50,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from models.hf import hf_config, strip_padding  # noqa: E402
 from models.llama import Llama  # noqa: E402
+from models.loss import inputs_and_targets, next_token_loss_sum  # noqa: E402
 from models.sizes import num_parameters  # noqa: E402
 from parallel.apply import compute_dtype  # noqa: E402
 from parallel.init import init_weights  # noqa: E402
@@ -58,7 +59,6 @@ from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
 from train.data import RandomRows, RowBatches  # noqa: E402
 from train.job import keep_freed_memory, run_job  # noqa: E402
-from train.loss import inputs_and_targets, next_token_loss_sum  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
 

@@ -14,17 +14,29 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from models.attention import CausalAttention, Mask
+from models.loss import next_token_loss_sum
 from models.sizes import LlamaShape
 
-# cuDNN is the fastest on Hopper, flash runs everywhere else; the rest keep odd shapes and the CPU working.
-ATTENTION_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+TENSOR_PARALLEL_PLAN = {
+    "model.embed_tokens": "vocabulary",
+    "input_layernorm": "sequence",
+    "self_attn.q_proj": "columns",
+    "self_attn.k_proj": "columns",
+    "self_attn.v_proj": "columns",
+    "self_attn.o_proj": "rows",
+    "post_attention_layernorm": "sequence",
+    "mlp.gate_proj": "columns",
+    "mlp.up_proj": "columns",
+    "mlp.down_proj": "rows",
+    "model.norm": "sequence",
+    "lm_head": "vocabulary",
+}
+"""How each module with parameters, by the end of its name, is spread over tensor-parallel devices (parallel/tensor.py):
+outputs of a matrix ("columns") and then its partner's inputs ("rows"), so that a pair needs one exchange; between pairs
+the residual stream is split along the sequence."""
 
 
 def rope_frequencies(shape: LlamaShape) -> Tensor:
@@ -56,11 +68,11 @@ def rope_table(shape: LlamaShape, context: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn feature i together with feature i + E/2 (half-split layout), in float32, returned in the input's dtype."""
     x = x_BHTE.float()
     first, second = x.chunk(2, dim=-1)
-    return (x * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE).to(x_BHTE.dtype)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHTE.dtype)
 
 
 class Attention(nn.Module):
@@ -73,17 +85,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.dim, shape.num_kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(shape.dim, shape.num_kv_heads * shape.head_dim, bias=False)
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=False)
+        self.attend = CausalAttention()
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None) -> Tensor:
         def heads(projected: Tensor) -> Tensor:  # (B, T, heads * E) -> (B, heads, T, E)
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q = rotate(heads(self.q_proj(x_BTD)), cos_TE, sin_TE)
-        k = rotate(heads(self.k_proj(x_BTD)), cos_TE, sin_TE)
+        q = rotate(heads(self.q_proj(x_BTD)), cos, sin)
+        k = rotate(heads(self.k_proj(x_BTD)), cos, sin)
         v = heads(self.v_proj(x_BTD))
-        with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -109,30 +120,69 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None) -> Tensor:
+        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: tokens (B, T) -> hidden states (B, T, D)."""
+    """Embedding, blocks and final norm: tokens (B, T) -> hidden states (B, T, D).
+
+    A stage of a pipeline has some of the blocks, and None in place of an embedding or norm that other stages hold; its
+    input are then the hidden states of the stage before.
+    """
 
     def __init__(self, shape: LlamaShape, context: int):
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.padded_vocab_size, shape.dim)
+        self.embed_tokens: nn.Module | None = nn.Embedding(shape.padded_vocab_size, shape.dim)
         # String keys, so that a pipeline stage can hold any subset of layers under their own names.
         self.layers = nn.ModuleDict({str(i): Block(shape) for i in range(shape.num_layers)})
-        self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.norm: nn.Module | None = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.register_buffer("rope_cos", torch.empty(context, shape.head_dim), persistent=False)
         self.register_buffer("rope_sin", torch.empty(context, shape.head_dim), persistent=False)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        length = tokens_BT.shape[1]
-        cos, sin = self.rope_cos[:length], self.rope_sin[:length]
-        h = self.embed_tokens(tokens_BT)
+    def forward(self, x: Tensor, positions_BT: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        if positions_BT is None:
+            cos, sin = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+        else:
+            cos, sin = self.rope_cos[positions_BT].unsqueeze(1), self.rope_sin[positions_BT].unsqueeze(1)
+        h = x if self.embed_tokens is None else self.embed_tokens(x)
         for block in self.layers.values():
-            h = block(h, cos, sin)
-        return self.norm(h)
+            h = block(h, cos, sin, mask)
+        return h if self.norm is None else self.norm(h)
+
+
+class Head(nn.Linear):
+    """Output matrix: hidden states (B, T, D) -> logits (B, T, V), or with targets (B, T) the loss summed over them.
+
+    One module, so that product and cross-entropy compile as one and the logits need not be written twice. With
+    `chunk_tokens` the loss takes that many tokens at a time and computes their logits again in the backward: a third
+    more work for the head, and memory for the logits of one chunk only.
+    """
+
+    def __init__(self, shape: LlamaShape):
+        super().__init__(shape.dim, shape.padded_vocab_size, bias=False)
+        self.vocab_size, self.chunk_tokens = shape.vocab_size, 0
+
+    def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        if targets_BT is None:
+            return self.logits(h_BTD)
+        if not self.chunk_tokens or targets_BT.numel() <= self.chunk_tokens:
+            return self.loss_sum(h_BTD, targets_BT)
+        hidden = h_BTD.reshape(1, -1, h_BTD.shape[-1]).split(self.chunk_tokens, dim=1)
+        targets = targets_BT.reshape(1, -1).split(self.chunk_tokens, dim=1)
+        parts = [checkpoint(self.loss_sum, h, t, use_reentrant=False) for h, t in zip(hidden, targets)]
+        return torch.stack(parts).sum()
+
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """Without the padding of the vocabulary."""
+        return self.multiply(h_BTD)[..., : self.vocab_size]
+
+    def loss_sum(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        return next_token_loss_sum(self.logits(h_BTD), targets_BT)
+
+    def multiply(self, h_BTD: Tensor) -> Tensor:
+        return F.linear(h_BTD, self.weight)
 
 
 class Llama(nn.Module):
@@ -149,19 +199,31 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape, context or shape.max_context)
-        self.lm_head = nn.Linear(shape.dim, shape.padded_vocab_size, bias=False)
+        self.lm_head: Head | None = Head(shape)
         self.reset_after_to_empty()
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        logits = self.lm_head(self.model(tokens_BT))
-        if self.shape.vocab_size != self.shape.padded_vocab_size:
-            logits = logits[..., : self.shape.vocab_size]
-        return logits
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:
+        """Logits, or with targets the sum of their losses in nats, float32.
+
+        Args:
+            tokens_BT: or hidden states, in a later stage of a pipeline; a stage without head returns hidden states.
+            targets_BT: next tokens; `loss.IGNORE` counts for nothing.
+            positions_BT: for the rotary embedding; default the columns 0 to T - 1.
+            mask: which keys a query sees (`attention.attention_mask`); default those at its own and earlier columns.
+        """
+        h = self.model(tokens_BT, positions_BT, mask)
+        return h if self.lm_head is None else self.lm_head(h, targets_BT)
 
     @torch.no_grad()
     def reset_after_to_empty(self) -> None:
         """Restore what `to_empty` loses: the rotary table (a buffer that no checkpoint holds) and weight tying."""
-        if self.shape.tied_embeddings:
+        if self.shape.tied_embeddings and self.lm_head is not None and self.model.embed_tokens is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.model.rope_cos.is_meta:
             cos, sin = rope_table(self.shape, self.model.rope_cos.shape[0])

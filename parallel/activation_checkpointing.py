@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 if TYPE_CHECKING:
     from models.llama import Llama
+    from train.config import ActivationCheckpointingConfig
     from transforms.context import Noise
 
 aten = torch.ops.aten
@@ -22,6 +23,10 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+    aten._scaled_mm.default,
+    aten.max.default,  # of float8 scales: one number, from a pass over a whole tensor
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
 
@@ -29,17 +34,20 @@ def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: Llama, mode: str, noise: Noise | None = None) -> None:
-    """Wrap every block in place. "full" keeps its input alone, "selective" also matrix products and attention.
+def apply_activation_checkpointing(
+    model: Llama, config: ActivationCheckpointingConfig, noise: Noise | None = None
+) -> None:
+    """Wrap every block in place. "full" keeps its input alone, "selective" also matrix products and attention; "budget" is
+    the compiler's own choice and wraps nothing.
 
     Args:
         noise: of the model's hardware effects, where blocks run eagerly: recomputation must see the forward's context.
             Compiled blocks hold it as an input.
     """
-    if mode == "none":
+    if config.mode in ("none", "budget"):
         return
     for name, block in model.model.layers.items():
-        model.model.layers[name] = _wrapped(block, mode, noise)
+        model.model.layers[name] = _wrapped(block, config.mode, noise)
 
 
 def _wrapped(block: nn.Module, mode: str, noise: Noise | None) -> nn.Module:

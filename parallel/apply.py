@@ -6,13 +6,17 @@ then sees as a whole, and FSDP's hooks stay outside the compiled region.
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+import torch._functorch.config
+import torch._inductor.config
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from parallel import context, pipeline, tensor
 from parallel.activation_checkpointing import apply_activation_checkpointing
+from parallel.degrees import stages_per_device
 from parallel.mesh import Mesh
 from transforms import apply as transforms
 
@@ -31,27 +35,73 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[config.precision.compute]
 
 
-def apply(model: Llama, config: Config, mesh: Mesh) -> Noise | None:
-    """Make `model`, on the meta device, ready for `mesh`, in place. Afterwards: `to_empty`, then its weights.
+@dataclass
+class Parallel:
+    """A model spread over a mesh."""
 
-    Returns:
-        What its transformed layers share, where there are any; to be filled after `to_empty`.
-    """
+    parts: list[Llama]
+    """This device's stages; without a pipeline the model."""
+    stages: list[int]
+    """Their numbers."""
+    noise: Noise | None
+    """What its transformed layers share, where there are any; to be filled after `to_empty`."""
+
+
+def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
+    """Make `model`, on the meta device, ready for `mesh`, in place. Afterwards: `to_empty`, then its weights."""
+    assert model.lm_head is not None
+    model.lm_head.chunk_tokens = config.training.loss_chunk_tokens
+    if mesh.context_size > 1:
+        context.split(model, mesh)
+    if mesh.tensor.size() > 1:
+        tensor.split(model, mesh.tensor)
+    if config.float8.recipe != "none":
+        from parallel import float8  # torchao takes seconds to import
+
+        float8.convert(model, config, mesh.device)
     noise = None
     if config.transforms:
         try:
             noise = transforms.apply(model, config.transforms, config.noise_seed)
         except transforms.TransformError as error:
             raise ValueError(f"transforms.{error.index}.modules: {error}") from error
-    eager = None if config.compile.enabled else noise
-    apply_activation_checkpointing(model, config.activation_checkpointing.mode, eager)
-    if config.compile.enabled:
-        for block in model.model.layers.values():
-            block.compile(fullgraph=True, backend=config.compile.backend)
-        if transforms.is_transformed(model.lm_head):
-            model.lm_head.compile(fullgraph=True, backend=config.compile.backend)
-    shard(model, config, mesh)
-    return noise
+    parts, stages = [model], [0]
+    if mesh.pipeline.size() > 1:
+        parts, stages = _stages(model, config, mesh)
+    for part in parts:
+        eager = None if config.compile.enabled else noise
+        apply_activation_checkpointing(part, config.activation_checkpointing, eager)
+        if config.compile.enabled:
+            compile_parts(part, config)
+        shard(part, config, mesh)
+    return Parallel(parts, stages, noise)
+
+
+def _stages(model: Llama, config: Config, mesh: Mesh) -> tuple[list[Llama], list[int]]:
+    """This device's stages and their numbers."""
+    size, per_device = mesh.pipeline.size(), stages_per_device(config)
+    layers = pipeline.split_layers(model.shape, config.training.sequence_length, size * per_device)
+    schedule = config.parallel.pipeline_schedule
+    mine = pipeline.stages_of_rank(mesh.pipeline.get_local_rank(), size, per_device, schedule)
+    return [pipeline.cut(model, layers[i], i == 0, i == len(layers) - 1) for i in mine], mine
+
+
+def compile_parts(model: Llama, config: Config) -> None:
+    """torch.compile each block, and the head with its loss, as whole graphs."""
+    options: dict[str, Any] = {"fullgraph": True, "backend": config.compile.backend}
+    if config.compile.cuda_graphs:
+        options["options"] = {"triton.cudagraphs": True}
+    if config.activation_checkpointing.mode == "budget":
+        torch._functorch.config.activation_memory_budget = config.activation_checkpointing.budget
+    if config.parallel.async_tensor:
+        torch._inductor.config._micro_pipeline_tp = True
+    if config.parallel.pipeline_schedule in ("zero_bubble", "zbv"):
+        # Their backward runs twice over a stage, first for inputs and then for weights.
+        torch._functorch.config.donated_buffer = False
+    for block in model.model.layers.values():
+        block.compile(**options)
+    if model.lm_head is not None:
+        model.lm_head.compile(**options)
 
 
 def shard(model: Llama, config: Config, mesh: Mesh) -> None:
@@ -65,21 +115,24 @@ def shard(model: Llama, config: Config, mesh: Mesh) -> None:
         reduce_dtype=DTYPES[config.precision.reduce],
         cast_forward_inputs=False,  # tokens need no cast, and the rotary table stays float32
     )
-    options = {"mesh": mesh.data, "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": mesh.parameters, "mp_policy": policy}
+    if config.parallel.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
     reshard = config.parallel.reshard_after_forward
     decoder = model.model
+    ends = [decoder.norm, model.lm_head] if model.lm_head is not None else []
     if model.shape.tied_embeddings:
-        fully_shard([decoder.embed_tokens, decoder.norm, model.lm_head], reshard_after_forward=False, **options)
+        fully_shard([decoder.embed_tokens, *ends], reshard_after_forward=False, **options)
     else:
-        fully_shard(decoder.embed_tokens, reshard_after_forward=reshard, **options)
-        # The head's backward comes right after its forward: freeing its weights between would gather them twice.
-        fully_shard([decoder.norm, model.lm_head], reshard_after_forward=False, **options)
+        if decoder.embed_tokens is not None:
+            fully_shard(decoder.embed_tokens, reshard_after_forward=reshard, **options)
+        if ends:
+            # The head's backward comes right after its forward: freeing its weights between would gather them twice.
+            fully_shard(ends, reshard_after_forward=False, **options)
     for block in decoder.layers.values():
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)
-    # The logits are a view where the vocabulary is padded, and nothing writes into them.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if mesh.data_size == 1:
+    if mesh.gradient_size == 1:
         return  # nothing is divided by 1 process, and an explicit factor would cost a pass over all gradients
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -7,7 +7,7 @@ initialisation on CPU would give every shard the same values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -60,12 +60,12 @@ def fill_truncated_normal_(local: Tensor, offsets: tuple[int, int], key: tuple[i
 
 
 @torch.no_grad()
-def load_weights(model: Llama, read: Callable[[str, int, int], Tensor]) -> None:
+def load_weights(parts: Sequence[Llama], read: Callable[[str, int, int], Tensor]) -> None:
     """Set every parameter from `read(name, first row, number of rows)`, of which each rank asks for its own rows only.
 
     Adapters are no part of a file; they keep what `init_weights` gave them.
     """
-    for name, parameter in named_parameters(model):
+    for name, parameter in named_parameters(*parts):
         if name.endswith(ADAPTERS):
             continue
         local, (row, column) = _local_part(parameter)
@@ -74,13 +74,14 @@ def load_weights(model: Llama, read: Callable[[str, int, int], Tensor]) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: Llama, seed: int, adapters_only: bool = False) -> None:
+def init_weights(parts: Sequence[Llama], seed: int, adapters_only: bool = False) -> None:
     """Set every parameter to its initial value, in place; sharded or not, the values are the same bits.
 
     Matrices: normal of `model.initial_std(name)`, truncated at 3 sigma. Norms: 1. Padding of the vocabulary: 0. Adapters:
     A of variance 1 / in, B 0.
     """
-    for name, parameter in named_parameters(model):
+    model = parts[0]
+    for name, parameter in named_parameters(*parts):
         if adapters_only and not name.endswith(ADAPTERS):
             continue  # comes from a file
         local, offsets = _local_part(parameter)

@@ -20,7 +20,8 @@ def clean_name(name: str) -> str:
     return _OF_EFFECT.sub(r"\1", _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name)))
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(clean name, parameter) for every parameter once; a tied one under its first name."""
-    for name, parameter in model.named_parameters():
-        yield clean_name(name), parameter
+def named_parameters(*parts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(clean name, parameter) for every parameter of a model, or of its stages here, once; a tied one under its first name."""
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            yield clean_name(name), parameter

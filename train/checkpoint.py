@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,10 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
 class Checkpoints:
     """Saves and restores one run's model and optimizer."""
 
-    def __init__(self, folder: Path, keep: int, model: nn.Module, optimizer: Optimizer, mesh: Mesh):
+    def __init__(self, folder: Path, keep: int, parts: Sequence[nn.Module], optimizer: Optimizer, mesh: Mesh):
         self.folder, self.keep, self.optimizer, self.mesh = folder, keep, optimizer, mesh
         # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
-        self.parameters = dict(named_parameters(model))
+        self.parameters = dict(named_parameters(*parts))
 
     def save(self, step: int, commit_in: Callable[[Path], Commit]) -> Path:
         """Write a checkpoint of the current state and commit it; collective.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from models.sizes import SIZES, LlamaShape, num_parameters_without_embedding, with_overrides
+from models.sizes import SIZES, LlamaShape, RopeScaling, num_parameters_without_embedding, with_overrides
 from transforms.specs import TransformSpec
 
 
@@ -25,6 +25,7 @@ PositiveCount = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Degree = Annotated[int, Field(ge=-1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -45,6 +46,17 @@ class RunConfig(Section):
     """Where to train; "auto" takes CUDA where there is one."""
 
 
+class RopeScalingConfig(Section):
+    factor: Positive = 8.0
+    """Stretch of the long wavelengths: Llama 3.1 has 8, Llama 3.2 has 32."""
+    low_frequency: Positive = 1.0
+    """Wavelengths above original_context / low_frequency are stretched by the whole factor."""
+    high_frequency: Positive = 4.0
+    """Wavelengths below original_context / high_frequency are kept."""
+    original_context: PositiveCount = 8192
+    """Context that the unscaled frequencies are for."""
+
+
 class ShapeConfig(Section):
     dim: PositiveCount | None = None
     """Model width."""
@@ -62,6 +74,10 @@ class ShapeConfig(Section):
     """Vocabulary; default the tokenizer's."""
     rope_theta: Positive | None = None
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama 3.1's scaling of the rotary frequencies for long contexts; default the size's own."""
+    max_context: PositiveCount | None = None
+    """Longest context, which an export declares; default the size's own."""
     tied_embeddings: bool | None = None
     """Share the embedding with the output head."""
 
@@ -145,6 +161,11 @@ class TrainingConfig(Section):
     """Tokens per row."""
     max_grad_norm: NonNegative = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
+    document_mask: bool = False
+    """Attention stays within a document of a packed row, and positions start anew with each (a document begins at BOS)."""
+    loss_chunk_tokens: Count = 0
+    """Compute head and loss for this many tokens at a time and once more in the backward, where the logits bind memory
+    (2048 is a good size); 0: all at once."""
 
 
 class OptimizerConfig(Section):
@@ -174,12 +195,30 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    replicate: Annotated[int, Field(ge=-1)] = -1
+    replicate: Degree = -1
     """Copies of the model that train on different rows; -1 takes what is left of the world size."""
-    shard: Annotated[int, Field(ge=-1)] = 1
+    shard: Degree = 1
     """Devices over which parameters, gradients and optimizer state are sharded (FSDP2); -1 takes what is left."""
+    context: Degree = 1
+    """Devices that split each row along the sequence (context parallel); parameters are sharded over them as well."""
+    tensor: Degree = 1
+    """Devices that split each matrix (tensor parallel, with sequence parallel and a split vocabulary)."""
+    pipeline: Degree = 1
+    """Devices that hold different layers (pipeline parallel)."""
     reshard_after_forward: bool = False
     """Free gathered parameters after the forward and gather them again in the backward: less memory, more traffic."""
+    reduce_each_micro_batch: bool = True
+    """While accumulating, reduce gradients over shards after each micro-batch; false: once per step, which saves that
+    traffic and keeps a whole float32 gradient of the model on each device meanwhile."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory, and update there."""
+    async_tensor: bool = False
+    """Overlap tensor-parallel exchanges with the products beside them (needs compile and NVLink)."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"] = "1f1b"
+    """Order of the micro-batches: gpipe keeps all activations; 1f1b at most one per stage; interleaved_1f1b and
+    zero_bubble give each device `pipeline_stages` stages, for smaller gaps; zbv has two, and their backward split in two."""
+    pipeline_stages: PositiveCount = 2
+    """Stages per device with interleaved_1f1b and zero_bubble."""
 
 
 class PrecisionConfig(Section):
@@ -189,16 +228,31 @@ class PrecisionConfig(Section):
     """Type in which gradients are summed over devices."""
 
 
+class Float8Config(Section):
+    recipe: Literal["none", "tensorwise", "rowwise"] = "none"
+    """float8 matrix products inside the blocks (torchao): one scale per tensor, with weights gathered as float8; or one per
+    row, more exact and slower. On CPU emulated."""
+    min_size: Count = 0
+    """Leave layers alone whose inputs or outputs are fewer than this; 0: what the recipe gains from on an H100."""
+    skip: list[str] = []
+    """Further layers to leave alone: globs on their names, such as "*.k_proj"."""
+
+
 class CompileConfig(Section):
     enabled: bool = True
-    """torch.compile every block (fullgraph) and the loss."""
+    """torch.compile every block (fullgraph) and the head with its loss."""
+    cuda_graphs: bool = False
+    """Record each block's kernels and replay them (Inductor's CUDA graphs): small models are bound by launches."""
     backend: Literal["inductor", "aot_eager"] = "inductor"
     """Compiler; aot_eager traces without generating code, for debugging."""
 
 
 class ActivationCheckpointingConfig(Section):
-    mode: Literal["none", "selective", "full"] = "none"
-    """full: keep only block inputs; selective: keep matrix products and attention, recompute the rest; none: keep all."""
+    mode: Literal["none", "selective", "full", "budget"] = "none"
+    """full: keep only block inputs; selective: keep matrix products and attention, recompute the rest; none: keep all;
+    budget: the compiler keeps what is costliest to recompute within `budget`."""
+    budget: Fraction = 0.5
+    """budget: share of the activations of "none" to keep; 0 is near full, 1 is none."""
 
 
 class CheckpointConfig(Section):
@@ -250,6 +304,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    float8: Float8Config = Float8Config()
     compile: CompileConfig = CompileConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -280,6 +335,8 @@ def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape
             f'model.size = "{size}" is not a size of {model.name}; choose from {", ".join(SIZES[model.name])}'
         )
     overrides = model.shape.model_dump()
+    scaling = overrides["rope_scaling"]
+    overrides["rope_scaling"] = RopeScaling(**scaling) if scaling else None
     overrides["vocab_size"] = overrides["vocab_size"] or vocab_size
     return with_overrides(SIZES[model.name][size], **overrides)
 

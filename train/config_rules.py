@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from models.sizes import LlamaShape
-from train.config import Config, named_shape, total_steps
+from parallel.degrees import (
+    Degrees,
+    least_micro_batches,
+    nearest_divisor,
+    nearest_multiple,
+    resolve_degrees,
+    rows_per_micro_batch,
+    stages_per_device,
+)
+from train.config import Config, ParallelConfig, named_shape, total_steps
 from train.config_sources import Problem
 
 
@@ -17,7 +27,8 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     if shape is not None:
         yield from length_problems(config, shape)
     if world_size is not None:
-        yield from _layout(config, world_size)
+        yield from _layout(config, shape, world_size)
+    yield from _combinations(config)
     resume = config.checkpoint.resume
     if isinstance(resume, int) and resume < 0:
         yield Problem('expected "auto", "none", a step of 0 or more, or a path', "checkpoint.resume", resume)
@@ -109,61 +120,125 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
         )
 
 
-def _layout(config: Config, world_size: int) -> Iterator[Problem]:
+def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterator[Problem]:
     parallel, training = config.parallel, config.training
     try:
-        replicate, shard = resolve_degrees(parallel.replicate, parallel.shard, world_size)
+        degrees = resolve_degrees(config, world_size)
     except ValueError as error:
-        odd_one = parallel.shard == 0 or (parallel.replicate != 0 and parallel.shard not in (-1, 1))
-        key = "parallel.shard" if odd_one else "parallel.replicate"
-        yield Problem(str(error), key, getattr(parallel, key.partition(".")[2]))
+        yield Problem(str(error), *_odd_one(parallel))
         return
-    rows = replicate * shard * (training.micro_batch_size or 1)
+    if shape is not None:
+        yield from layout_problems(config, shape, degrees)
+    rows = degrees.data * (training.micro_batch_size or 1)
     if training.global_batch_size % rows:
-        nearest = max(rows, round(training.global_batch_size / rows) * rows)
         micro = (
             f" x training.micro_batch_size {training.micro_batch_size} = {rows}" if training.micro_batch_size else ""
         )
         yield Problem(
-            f"not a multiple of {replicate * shard} data-parallel processes{micro}; the nearest that is: {nearest}",
+            f"not a multiple of {degrees.data} data-parallel processes{micro}; the nearest that is: "
+            f"{nearest_multiple(training.global_batch_size, rows)}",
             "training.global_batch_size",
             training.global_batch_size,
         )
         return
-    micro_batch = training.micro_batch_size or training.global_batch_size // (replicate * shard)
+    micro_batch = rows_per_micro_batch(config, degrees)
     if config.noise.group_size % micro_batch:
         yield Problem(
             f"a micro-batch of {micro_batch} rows would span several groups: expected a multiple of it, or 0",
             "noise.group_size",
             config.noise.group_size,
         )
+    yield from _pipeline_problems(config, degrees, micro_batch)
 
 
-def resolve_degrees(replicate: int, shard: int, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) with -1 filled in so that their product is the world size.
-
-    Raises:
-        ValueError: no degree fits; the message names the nearest valid choice.
-    """
-    degrees = {"parallel.replicate": replicate, "parallel.shard": shard}
-    open_names = [name for name, degree in degrees.items() if degree == -1]
-    if len(open_names) == 2:
-        raise ValueError("parallel.replicate and parallel.shard cannot both be -1: give one")
-    if any(degree == 0 for degree in degrees.values()):
-        raise ValueError("a degree is at least 1, or -1 to take what is left of the world size")
-    fixed = 1
-    for degree in degrees.values():
-        fixed *= degree if degree != -1 else 1
-    if not open_names and fixed != world_size:
-        raise ValueError(
-            f"replicate {replicate} x shard {shard} = {fixed} processes, but {world_size} are running; "
-            f"set one of them to -1 or start {fixed}"
+def _pipeline_problems(config: Config, degrees: Degrees, micro_batch: int) -> Iterator[Problem]:
+    if degrees.pipeline == 1:
+        return
+    training, schedule = config.training, config.parallel.pipeline_schedule
+    rows = training.global_batch_size // degrees.data
+    count, least = rows // micro_batch, least_micro_batches(config, degrees.pipeline)
+    whole_rounds = schedule in ("interleaved_1f1b", "zero_bubble")
+    if rows % micro_batch or count < least or (whole_rounds and count % degrees.pipeline):
+        each = f"a multiple of {least}" if whole_rounds else f"at least {least}"
+        unit = degrees.data * micro_batch * least
+        yield Problem(
+            f"each process has {rows} rows = {rows / micro_batch:g} micro-batches of {micro_batch}; the {schedule} schedule "
+            f"over {degrees.pipeline} devices takes {each}: the nearest batch that fits is "
+            f"{nearest_multiple(training.global_batch_size, unit)}, or lower training.micro_batch_size",
+            "training.global_batch_size",
+            training.global_batch_size,
         )
-    if open_names and world_size % fixed:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - fixed))
-        raise ValueError(
-            f"{fixed} does not divide the {world_size} running processes; the nearest that does: {nearest}"
+
+
+def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iterator[Problem]:
+    """What the shape of a model and the length of its rows say about degrees."""
+    parallel, length = config.parallel, config.training.sequence_length
+    if degrees.tensor > 1:
+        counts = {
+            "KV heads": shape.num_kv_heads,
+            "heads": shape.num_heads,
+            "padded vocabulary": shape.padded_vocab_size,
+            "FFN width": shape.ffn_dim,
+        }
+        common = math.gcd(*counts.values())
+        if common % degrees.tensor:
+            odd = ", ".join(f"{name} {count}" for name, count in counts.items() if count % degrees.tensor)
+            nearest = nearest_divisor(common, degrees.tensor)
+            message = f"does not divide the model's {odd}; the nearest degree that fits: {nearest}"
+            yield Problem(message, "parallel.tensor", parallel.tensor)
+    pieces = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
+    if length % pieces:
+        yield Problem(
+            f"rows are cut into {pieces} pieces (tensor {degrees.tensor}, context {degrees.context}"
+            f"{' with two each' if degrees.context > 1 else ''}); the nearest length that fits: "
+            f"{nearest_multiple(length, pieces)}",
+            "training.sequence_length",
+            length,
         )
-    rest = world_size // fixed
-    return (rest if replicate == -1 else replicate), (rest if shard == -1 else shard)
+    if degrees.pipeline > 1:
+        stages = degrees.pipeline * stages_per_device(config)
+        if stages > shape.num_layers:
+            yield Problem(
+                f"{stages} stages ({degrees.pipeline} devices x {stages_per_device(config)}) for {shape.num_layers} layers; "
+                f"the highest degree that fits: {shape.num_layers // stages_per_device(config)}",
+                "parallel.pipeline",
+                parallel.pipeline,
+            )
+        if shape.tied_embeddings:
+            message = "embedding and head share a weight, and stand at the two ends of a pipeline: use shard or tensor"
+            yield Problem(message, "parallel.pipeline", parallel.pipeline)
+
+
+def _odd_one(parallel: ParallelConfig) -> tuple[str, int]:
+    """The degree that a message about all of them stands beside: one that is wrong by itself, or departs from its default."""
+    degrees = {name: getattr(parallel, name) for name in Degrees._fields}
+    for name, degree in degrees.items():
+        if degree == 0:
+            return f"parallel.{name}", degree
+    for name in ("shard", "tensor", "context", "pipeline"):
+        if degrees[name] not in (-1, 1):
+            return f"parallel.{name}", degrees[name]
+    return "parallel.replicate", degrees["replicate"]
+
+
+def _combinations(config: Config) -> Iterator[Problem]:
+    """Settings that would have no effect, or that cannot go together."""
+    parallel, compiled = config.parallel, config.compile.enabled
+    needs_compile = {
+        "compile.cuda_graphs": config.compile.cuda_graphs,
+        "parallel.async_tensor": parallel.async_tensor,
+        "activation_checkpointing.mode": config.activation_checkpointing.mode == "budget",
+    }
+    for key, used in needs_compile.items():
+        if used and not compiled:
+            section, name = key.split(".")
+            yield Problem(
+                "this is the compiler's work: set compile.enabled", key, getattr(getattr(config, section), name)
+            )
+    if parallel.async_tensor and parallel.tensor == 1:
+        yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
+    if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):
+        yield Problem("random tokens have no documents", "training.document_mask", True)
+    if parallel.tensor != 1 and any(spec.kind == "lora" for spec in config.transforms):
+        message = "adapters are not split over tensor-parallel devices: use parallel.shard"
+        yield Problem(message, "parallel.tensor", parallel.tensor)

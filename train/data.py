@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.loss import IGNORE
 from train.config import Config
 from train.corpus import DataError
 from train.prepare import corpus_folder
 from train.shards import MANIFEST, Manifest, TokenFile, verify
 from train.tokenizer import Tokenizer
 
-IGNORE = -100
-"""Target that no loss is computed for (padding rows of the last validation batch)."""
 TOO_LITTLE_HELD_OUT = (
     "the held-out text is shorter than one row: raise data.validation_fraction, name data.validation_paths, "
     "or set validation.interval = 0"

@@ -16,9 +16,10 @@ from models.hf import shape_from_hf
 from models.sizes import LlamaShape, num_parameters
 from parallel import mesh as meshes
 from parallel.apply import compute_dtype
+from parallel.degrees import resolve_degrees
 from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, named_shape
-from train.config_rules import length_problems, resolve_degrees
+from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
@@ -56,8 +57,7 @@ def run_job(config: Config) -> None:
             if rank == 0:
                 _check_before_start(config, folder)
                 folder.lock()
-            degrees = resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size)
-            mesh = meshes.start(config.run.device, *degrees)
+            mesh = meshes.start(config.run.device, *resolve_degrees(config, world_size))
         try:
             with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
                 _train(config, mesh, folder)
@@ -169,7 +169,8 @@ def resolve_shape(config: Config, tokenizer: Tokenizer | None) -> tuple[LlamaSha
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary is {shape.vocab_size}: use the "
             "model's own tokenizer, or leave model.shape.vocab_size out"
         )
-    problems = list(length_problems(config, shape))
+    degrees = resolve_degrees(config, int(os.environ.get("WORLD_SIZE", 1)))
+    problems = [*length_problems(config, shape), *layout_problems(config, shape, degrees)]
     if problems:
         raise ConfigError(problems)
     return shape, source
@@ -215,13 +216,13 @@ def _set_determinism(config: Config, device: torch.device) -> None:
 
 
 def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Trainer) -> str:
-    replicate, shard = mesh.data.shape
+    degrees = resolve_degrees(config, mesh.world_size)
     precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
     return (
         f"{' '.join(sys.argv)}\n"
         f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
         f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
-        f"(replicate {replicate}, shard {shard}), {precision}\n"
+        f"({degrees}), {precision}\n"
         f"{trainer.total_steps:,} steps of {config.tokens_per_step:,} tokens "
         f"({config.training.global_batch_size} rows x {config.training.sequence_length}); {trainer.throughput.explanation}"
     )

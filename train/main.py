@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
         if not is_main:
-            time.sleep(15)  # every process finds the same; the first exit makes torchrun end the others, the speaker too
+            time.sleep(
+                15
+            )  # every process finds the same; the first exit makes torchrun end the others, the speaker too
             raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 

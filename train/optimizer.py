@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,12 +18,12 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name != "model.embed_tokens.weight"
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(parts: Sequence[nn.Module], config: OptimizerConfig) -> Optimizer:
     """Fused AdamW with two groups: with and without weight decay. The rate is a tensor-free number set every step.
 
     Frozen parameters are left out.
     """
-    parameters = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
+    parameters = [(name, p) for name, p in named_parameters(*parts) if p.requires_grad]
     groups = [
         {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},

@@ -20,8 +20,9 @@ from models.sizes import (
     num_parameters_without_embedding,
     peak_flops,
 )
+from parallel.degrees import resolve_degrees, rows_per_micro_batch
 from train.config import Config, named_shape, total_steps
-from train.config_rules import length_problems, resolve_degrees
+from train.config_rules import length_problems
 from train.config_sources import ConfigError, Problem, load_config
 from train.corpus import DataError
 
@@ -105,9 +106,10 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
 def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_size: int, mfu: float) -> list[str]:
     """The plan as lines of text."""
     training = config.training
-    replicate, shard = resolve_degrees(config.parallel.replicate, config.parallel.shard, world_size)
+    degrees = resolve_degrees(config, world_size)
+    shard = degrees.shard
     steps, tokens_per_step = total_steps(config, shape), config.tokens_per_step
-    rows = training.micro_batch_size or training.global_batch_size // world_size
+    rows = rows_per_micro_batch(config, degrees)
     accumulation = training.global_batch_size // (rows * world_size)
     counted = num_parameters_without_embedding(shape)
     flops = flops_per_token(shape, training.sequence_length)
@@ -123,7 +125,7 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
         f"{shape.num_layers} layers, {shape.num_heads} heads, {shape.num_kv_heads} KV heads, FFN {shape.ffn_dim}",
         f"vocabulary   {shape.vocab_size:,}{vocabulary_note}",
         f"parameters   {num_parameters(shape):,}; without input embedding {counted:,}",
-        f"mesh         {world_size} processes = replicate {replicate} x shard {shard}",
+        f"mesh         {world_size} processes = {degrees}",
         f"step         {training.global_batch_size} rows x {training.sequence_length} = {tokens_per_step:,} tokens; "
         f"{accumulation} micro-batches of {rows} rows per process",
         f"length       {steps:,} steps = {steps * tokens_per_step:,} tokens = "

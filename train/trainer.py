@@ -8,8 +8,9 @@ number on the device, read when a step is logged and before a checkpoint is writ
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ from torch.distributed.tensor import DTensor
 
 from models.hf import HFWeights, check_names
 from models.llama import Llama
+from models.loss import IGNORE
 from models.sizes import LlamaShape
 from parallel import apply as parallelize
+from parallel import gradients
+from parallel.context import Batch, Sequences
+from parallel.degrees import resolve_degrees, rows_per_micro_batch
 from parallel.init import ADAPTERS, init_weights, load_weights
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
+from parallel.pipeline import Pipeline
 from train.checkpoint import Checkpoints, Commit, check_model, find_checkpoint
 from train.config import Config, total_steps
-from train.data import IGNORE, TrainingData, validation_batches
-from train.loss import inputs_and_targets, next_token_loss_sum
+from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, learning_rate, materialise_state
 from train.run_folder import RunFolder
 from train.tokenizer import Tokenizer
-from transforms.context import TRAINING, VALIDATION, Noise
+from transforms.context import TRAINING, VALIDATION, places
 
 GC_INTERVAL = 50
 
@@ -68,27 +73,48 @@ class Trainer:
         self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
         self.total_steps = total_steps(config, shape)
         self.last_step = min(self.total_steps, config.training.stop_after or self.total_steps)
-        self.micro_batch = config.training.micro_batch_size or config.training.global_batch_size // mesh.data_size
+        self.micro_batch = rows_per_micro_batch(config, resolve_degrees(config, mesh.world_size))
+        self.rows_per_step = config.training.global_batch_size // mesh.data_size
         self.folder = RunFolder.of(config)
 
-        self.model, self.noise = build_model(config, mesh, shape)
-        init_weights(self.model, config.run.seed, adapters_only=hf_weights is not None)
+        built = build_model(config, mesh, shape)
+        self.parts, self.noise = built.parts, built.noise
+        init_weights(self.parts, config.run.seed, adapters_only=hf_weights is not None)
         if hf_weights is not None:
             weights = HFWeights(hf_weights)
-            expected = {n: p.shape for n, p in named_parameters(self.model) if not n.endswith(ADAPTERS)}
+            expected = {n: p.shape for n, p in named_parameters(*self.parts) if not n.endswith(ADAPTERS)}
             check_names(weights, expected, shape)
-            load_weights(self.model, weights.read)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.loss_sum: Callable[[Tensor, Tensor], Tensor] = next_token_loss_sum
-        if config.compile.enabled:
-            self.loss_sum = torch.compile(next_token_loss_sum, fullgraph=True, backend=config.compile.backend)
+            load_weights(self.parts, weights.read)
+        self.after_update: Callable[[], None] = lambda: None
+        if config.float8.recipe == "tensorwise":
+            from parallel.float8 import precompute_scales
+
+            self.after_update = partial(precompute_scales, self.parts)
+        self.optimizer = build_optimizer(self.parts, config.optimizer)
         self.checkpoints = Checkpoints(
-            self.folder.checkpoints, config.checkpoint.keep, self.model, self.optimizer, mesh
+            self.folder.checkpoints, config.checkpoint.keep, self.parts, self.optimizer, mesh
         )
+        self.build_inputs(built.stages, tokenizer)
         self.throughput = Throughput(shape, config, mesh.device, mesh.world_size)
         # First step at which something was not finite, or -1; lives on the device.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=mesh.device)
         self.step = 0
+
+    def build_inputs(self, stages: list[int], tokenizer: Tokenizer | None) -> None:
+        """What stands between rows and the model: documents, the part of the sequence, the pipeline's schedule."""
+        config, mesh = self.config, self.mesh
+        bos_id = tokenizer.bos_id if config.training.document_mask and tokenizer is not None else None
+        pipelined = mesh.pipeline.size() > 1
+        self.sequences = Sequences(mesh, config.training.sequence_length, bos_id, always_positions=pipelined)
+        if self.noise is not None and not self.sequences.whole:
+            self.noise.columns = self.sequences.columns
+        self.pipeline: Pipeline | None = None
+        if pipelined:
+            dtype = parallelize.compute_dtype(config, mesh.device)
+            count = self.rows_per_step // self.micro_batch
+            self.pipeline = Pipeline(
+                self.parts, stages, config, mesh, self.sequences, self.noise, count, self.micro_batch, dtype
+            )
 
     def resume(self) -> Path | None:
         """Load the checkpoint that `checkpoint.resume` means, if there is one (rank 0 chooses), and open the data there."""
@@ -149,43 +175,63 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = rows.to(self.mesh.device, non_blocking=True)
-        global_tokens = self.mesh.sum_over_data((rows[:, 1:] != IGNORE).sum())
+        batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
+        tokens = self.count_tokens(batch)
 
-        loss = torch.zeros((), device=self.mesh.device)
-        micro_batches = rows.split(self.micro_batch)
-        for i, micro_rows in enumerate(micro_batches):
-            # Replicas exchange gradients once per step; shards already while accumulating, to keep gradients sharded.
-            self.model.set_requires_all_reduce(i == len(micro_batches) - 1)
-            inputs, targets = inputs_and_targets(micro_rows)
-            self.begin_noise(self.step, self.mesh.data_rank * len(rows) + i * self.micro_batch)
-            micro_loss = self.loss_sum(self.model(inputs), targets) / global_tokens
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        if self.pipeline is not None:
+            loss = self.pipeline.train(batch, self.places(self.step, self.first_row()), tokens)
+        else:
+            loss = self.accumulate(batch, tokens)
 
-        grad_norm = self.clip_gradients()
+        norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        bad = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
+        self.after_update()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
-        return loss, grad_norm
+        return loss, norm
 
-    def begin_noise(self, step: int, first_sample: int) -> None:
-        """Say where the next forward stands, for hardware effects; `first_sample` counts rows of the global batch."""
+    def accumulate(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Forward and backward of each micro-batch in turn; this device's part of the loss."""
+        (model,) = self.parts
+        loss = torch.zeros((), device=self.mesh.device)
+        micro_batches = batch.split(self.micro_batch)
+        places = self.places(self.step, self.first_row())
+        for i, micro_batch in enumerate(micro_batches):
+            # Replicas exchange gradients once per step; shards already while accumulating, to keep gradients sharded.
+            last = i == len(micro_batches) - 1
+            model.set_requires_all_reduce(last)
+            model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_micro_batch)
+            micro_loss = self.loss_sum(micro_batch, places[i]) / tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def loss_sum(self, batch: Batch, place: Tensor) -> Tensor:
+        """Sum of the losses of this device's part of a batch, in nats; `place` says where in the run it stands."""
+        (model,) = self.parts
         if self.noise is not None:
-            group_size = self.config.noise.group_size
-            group = first_sample // group_size if group_size else 0
-            self.noise.begin(step, first_sample, self.mesh.device, group)
+            self.noise.stand(place, len(batch.tokens))
+        return model(
+            batch.tokens, batch.targets, *self.sequences.positions_and_mask(batch.documents, len(batch.tokens))
+        )
 
-    def clip_gradients(self) -> Tensor:
-        """Scale all gradients so that their global norm is at most `max_grad_norm`; the norm before that, a scalar."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if self.config.training.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.training.max_grad_norm, norm, foreach=True)
-        return norm
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """Tokens of the global batch that a loss is computed for; every stage of a pipeline counts the same ones."""
+        return self.mesh.sum_over_data((batch.targets != IGNORE).sum()) // self.mesh.pipeline.size()
+
+    def places(self, step: int, first_row: int) -> Tensor:
+        """Where the micro-batches of this device's rows stand, (n, 3); `first_row` counts rows of the global batch."""
+        group_size = self.config.noise.group_size
+        firsts = range(first_row, first_row + self.rows_per_step, self.micro_batch)
+        return places([(step, first // group_size if group_size else 0, first) for first in firsts], self.mesh.device)
+
+    def first_row(self) -> int:
+        """Number in the global batch of this device's first row."""
+        return self.mesh.data_rank * self.rows_per_step
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.parameters()]
 
     def log(self, recorder: Recorder, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
         """Read the step's figures from the device (the one place where the host waits for it) and record them."""
@@ -211,7 +257,8 @@ class Trainer:
         """
         if self.held_out is None:
             return
-        self.model.eval()
+        for part in self.parts:
+            part.eval()
         row: dict[str, Any] = {"step": self.step}
         which = self.config.validation.transforms if self.noise is not None else "same"
         if which != "clean":
@@ -220,8 +267,9 @@ class Trainer:
             assert self.noise is not None
             with self.noise.off():
                 row |= self._held_out_figures("_clean" if which == "both" else "")
-        self.model.train()
-        parallelize.reshard(self.model)
+        for part in self.parts:
+            part.train()
+            parallelize.reshard(part)
         recorder.record(row)
 
     def _held_out_figures(self, suffix: str) -> dict[str, float]:
@@ -229,26 +277,26 @@ class Trainer:
         if self.noise is not None:
             self.noise.enter(VALIDATION)
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for i, rows in enumerate(self._validation_rows()):
-            inputs, targets = inputs_and_targets(rows.to(self.mesh.device, non_blocking=True))
-            self.begin_noise(0, (i * self.mesh.data_size + self.mesh.data_rank) * self.micro_batch)
-            totals[0] += self.loss_sum(self.model(inputs), targets)
-            totals[1] += (targets != IGNORE).sum()
+        # A pipeline is filled with as many micro-batches as in training.
+        rows_each = self.rows_per_step if self.pipeline is not None else self.micro_batch
+        size, rank = self.mesh.data_size, self.mesh.data_rank
+        for i, rows in enumerate(validation_batches(self.held_out, self.config, rank, size, rows_each)):
+            batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
+            places = self.places(0, (i * size + rank) * rows_each)
+            if self.pipeline is not None:
+                totals[0] += self.pipeline.evaluate(batch, places)
+            else:
+                totals[0] += self.loss_sum(batch, places[0])
+            totals[1] += (batch.targets != IGNORE).sum()
         if self.noise is not None:
             self.noise.enter(TRAINING)
         nats, tokens = self.mesh.sum_over_data(totals).tolist()
-        loss = nats / tokens
+        loss = nats / (tokens / self.mesh.pipeline.size())
         return {
             f"val_loss{suffix}": loss,
             f"val_bits_per_byte{suffix}": bits_per_byte(loss, self.held_out.tokens_per_byte),
             f"val_perplexity{suffix}": perplexity(loss),
         }
-
-    def _validation_rows(self) -> Iterator[Tensor]:
-        assert self.held_out is not None
-        return validation_batches(
-            self.held_out, self.config, self.mesh.data_rank, self.mesh.data_size, self.micro_batch
-        )
 
     def save(self, recorder: Recorder) -> None:
         """Write a checkpoint, never one of non-finite state."""
@@ -277,7 +325,7 @@ class Trainer:
         Raises:
             NonFinite: on every rank, when a weight or optimizer moment is not finite.
         """
-        tensors = [p.detach() for p in self.model.parameters()]
+        tensors = [p.detach() for p in self.parameters()]
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         largest = torch._foreach_norm([t for t in local if t.numel()], ord=float("inf"))
@@ -313,16 +361,20 @@ class Trainer:
         )
 
 
-def build_model(config: Config, mesh: Mesh, shape: LlamaShape) -> tuple[Llama, Noise | None]:
-    """A parallelised model on its device; weights allocated, not yet set. With what its transformed layers share."""
+def build_model(config: Config, mesh: Mesh, shape: LlamaShape) -> parallelize.Parallel:
+    """A parallelised model on its device; weights allocated, not yet set."""
     with torch.device("meta"):
         model = Llama(shape, context=config.training.sequence_length)
-    noise = parallelize.apply(model, config, mesh)
-    model.to_empty(device=mesh.device)
-    model.reset_after_to_empty()
-    if noise is not None:
-        noise.fill()
-    return model, noise
+    built = parallelize.apply(model, config, mesh)
+    for part in built.parts:
+        part.to_empty(device="cpu" if config.parallel.cpu_offload else mesh.device)
+        part.reset_after_to_empty()
+        for buffer_owner in part.modules() if config.parallel.cpu_offload else ():
+            for name, buffer in buffer_owner.named_buffers(recurse=False):
+                buffer_owner._buffers[name] = buffer.to(mesh.device)
+    if built.noise is not None:
+        built.noise.fill()
+    return built
 
 
 def _due(interval: int, step: int, final: bool) -> bool:

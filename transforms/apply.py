@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from transforms.bitflip import Bitflip, bit_probabilities
@@ -105,7 +107,7 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
         found |= linear
     for name, module in found.items():
         kind = _base(module)
-        if kind is not nn.Linear and kind.__name__ != "Conv1D":
+        if kind is not nn.Linear and kind.__name__ != "Conv1D" and not hasattr(kind, "multiply"):
             raise TransformError(
                 f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
             )
@@ -156,20 +158,32 @@ def _transform(layer: Any, name: str, spec: BitflipSpec | LoraSpec, noise: Noise
         weight = layer.weight
         _on_weight(layer, LowRank(weight, spec.rank, spec.alpha, transposed))
     else:
-        weight_effect = _bitflip(noise, f"{name}.weight", "w", spec, spec.weight, stream, transposed)
+        first_row, first_column, columns = _window(layer)
+        windows = {"w": (first_row, first_column, columns), "x": (0, first_column, 0), "out": (0, first_row, 0)}
+        weight_effect = _bitflip(noise, f"{name}.weight", "w", spec, spec.weight, stream, windows["w"], transposed)
         if weight_effect is not None:
             _on_weight(layer, weight_effect)
         for effects, role, faults in (
             (layer.input_effects, "x", spec.input),
             (layer.output_effects, "out", spec.output),
         ):
-            effect = _bitflip(noise, name, role, spec, faults, stream)
+            effect = _bitflip(noise, name, role, spec, faults, stream, windows[role])
             if effect is not None:
                 effects.append(effect)
     layer.__class__ = transformed_class(base, is_parametrized(layer))
     of_weight = list(layer.parametrizations.weight) if is_parametrized(layer) else []
     layer.plan = _plan(of_weight, layer.input_effects, transposed)
     layer.clean_plan = _plan([effect for effect in of_weight if not effect.hardware], [], transposed)
+
+
+def _window(layer: Any) -> tuple[int, int, int]:
+    """(first row, first column, columns of the whole) of the part of a weight that this device holds; zeros where it is
+    the whole, as far as hardware is concerned: what FSDP gathers before the forward does not count."""
+    weight = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight
+    if not isinstance(weight, DTensor):
+        return 0, 0, 0
+    _, (row, column) = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return row, column, weight.shape[1]
 
 
 def _on_weight(layer: Any, effect: nn.Module) -> None:
@@ -185,6 +199,7 @@ def _bitflip(
     spec: BitflipSpec,
     faults: CellFaults | None,
     stream: str,
+    window: tuple[int, int, int],
     transposed: bool = False,
 ) -> Bitflip | None:
     if faults is None:
@@ -192,7 +207,17 @@ def _bitflip(
     probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
     persistent, stuck = spec.lifetime == "persistent", spec.fault == "stuck_at"
     return Bitflip(
-        noise, name, role, spec.storage, probabilities, faults.zero_above, persistent, stuck, stream, transposed
+        noise,
+        name,
+        role,
+        spec.storage,
+        probabilities,
+        faults.zero_above,
+        persistent,
+        stuck,
+        stream,
+        transposed,
+        window=window,
     )
 
 
@@ -208,8 +233,16 @@ def _plan(of_weight: Sequence[Any], of_input: Sequence[Any], transposed: bool) -
 
 @cache
 def transformed_class(base: type, parametrized: bool) -> type:
-    """The class of all transformed layers whose class was `base`."""
-    namespace: dict[str, Any] = {"base_of_transformed": base, "forward": _forward}
+    """The class of all transformed layers whose class was `base`.
+
+    A base with more to its forward than the product (the head's loss, the exchanges of tensor parallelism) has a method
+    `multiply` for that; one that adds up products of several devices has `leave` for what follows.
+    """
+    namespace: dict[str, Any] = {"base_of_transformed": base}
+    if hasattr(base, "leave"):
+        namespace |= {"multiply": _multiply, "leave": _leave}
+    else:
+        namespace["multiply" if hasattr(base, "multiply") else "forward"] = _forward
     if parametrized:
         namespace["weight"] = property(lambda layer: layer.parametrizations.weight())
         namespace["__setattr__"] = _set_original
@@ -226,9 +259,15 @@ def _set_original(layer: Any, name: str, value: Any) -> None:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """The forward of a transformed layer: x (..., in) -> (..., out)."""
+    return _through_memory(layer, _multiply(layer, x), layer.noise.place())
+
+
+def _multiply(layer: Any, x: Tensor) -> Tensor:
+    """The product of a transformed layer, of its part of the weight: x (..., in) -> (..., out)."""
     noise = layer.noise
     effects = list(layer.parametrizations.weight) if "parametrizations" in layer._modules else []
     weight = layer.parametrizations.weight.original if effects else layer.weight
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
     if noise.clean:
         plan = layer.clean_plan
         effects = [effect for effect in effects if not effect.hardware]
@@ -238,12 +277,34 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     place = noise.place()
     tensors = [tensor for effect in effects for tensor in effect.tensors]
     # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
-    training = torch.is_grad_enabled()
-    linear = TransformedLinear.apply if training else transformed_linear
-    out = linear(plan, x, weight, layer.bias, *place, *tensors)
-    for effect in () if noise.clean else layer.output_effects:
-        out = TransformedOutput.apply(effect.code, out, *place, *effect.tensors) if training else effect(out)
-    return out
+    linear = TransformedLinear.apply if torch.is_grad_enabled() else transformed_linear
+    return linear(plan, x, weight, layer.bias, *place, *tensors)
+
+
+def _leave(layer: Any, y: Tensor) -> Tensor:
+    """What follows the product over devices; memory holds the sum of what they computed, not the parts."""
+    whole = y.shape[1]
+    y = type(layer).base_of_transformed.leave(layer, y)
+    context, tokens = layer.noise.place()
+    if y.shape[1] != whole and len(layer.output_effects) and not layer.noise.clean:
+        # Each device goes on with its part of the sequence.
+        first = layer.tensor_mesh.get_local_rank() * y.shape[1]
+        if tokens is None:
+            position = torch.arange(whole, device=y.device).expand(len(y), -1)
+            sample = (context[2] + torch.arange(len(y), device=y.device))[:, None].expand(-1, whole)
+            tokens = torch.stack([position, sample])
+        tokens = tokens[:, :, first : first + y.shape[1]]
+    return _through_memory(layer, y, (context, tokens))
+
+
+def _through_memory(layer: Any, y: Tensor, place: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """The effects on what a layer returns."""
+    for effect in () if layer.noise.clean else layer.output_effects:
+        if torch.is_grad_enabled():
+            y = TransformedOutput.apply(effect.code, y, *place, *effect.tensors)
+        else:
+            y = effect.code.forward(y, *effect.tensors, *place)
+    return y
 
 
 def table(noise: Noise) -> Iterator[str]:

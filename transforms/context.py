@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 TRAINING, VALIDATION = "train", "validation"
 
 
+def places(values: list[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """(n, 3) int64: step, group of the weight noise, number of the first row in the global batch, of n micro-batches."""
+    found = torch.tensor(values, dtype=torch.int64)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 class Noise:
     """The state of a forward pass that transformed layers read; `clean` switches all hardware effects off."""
 
@@ -32,6 +38,8 @@ class Noise:
         """(3,) int64: step, group of the weight noise, number of the micro-batch's first row in the global batch."""
         self.tokens: Tensor | None = None
         """(2, B, T) int64, position and sample of each token; None where rows of one batch follow each other."""
+        self.columns: Tensor | None = None
+        """(T,) int64, columns of the row that this device holds, where that is not all of them (context parallel)."""
         self.applied: list[Applied] = []
         """What was applied, for people."""
         self._effects: list[Bitflip] = []
@@ -44,10 +52,15 @@ class Noise:
         self, step: int, first_sample: int, device: torch.device, group: int = 0, tokens: Tensor | None = None
     ) -> None:
         """Say where the next forward stands, with a new tensor. `first_sample` counts rows of the step's global batch."""
-        values = torch.tensor([step, group, first_sample], dtype=torch.int64)
-        if device.type == "cuda":
-            values = values.pin_memory().to(device, non_blocking=True)
-        self.context, self.tokens = values, tokens
+        self.context, self.tokens = places([(step, group, first_sample)], device)[0], tokens
+
+    def stand(self, place: Tensor, rows: int) -> None:
+        """As `begin`, from one of `places`, for a batch of `rows` rows or of this device's columns of them."""
+        self.context, self.tokens = place, None
+        if self.columns is not None:
+            samples = place[2] + torch.arange(rows, device=place.device)
+            size = (rows, len(self.columns))
+            self.tokens = torch.stack([self.columns.expand(size), samples[:, None].expand(size)])
 
     def place(self) -> tuple[Tensor | None, Tensor | None]:
         """Context and tokens of the forward that is running; neither is needed where effects are off.

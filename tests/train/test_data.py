@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from models.loss import IGNORE
 from train.config import Config
 from train.config_sources import load_config
 from train.corpus import DataError
 from train.data import (
-    IGNORE,
     CorpusRows,
     DataState,
     HeldOut,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data import IGNORE
+IGNORE = -100
+"""Target that no loss is computed for (padding rows of the last validation batch)."""
 
 
 def next_token_loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

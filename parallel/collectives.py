@@ -1,0 +1,81 @@
+"""Exchanges between devices inside a forward, with their gradients, eager and traced by torch.compile.
+
+They return plain tensors that are there: an unfinished result (`AsyncCollectiveTensor`) that enters a compiled block
+loses its gradient on torch 2.13.0 (pytorch issue 179849).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def _finished(tensor: Tensor) -> Tensor:
+    return tensor.wait() if isinstance(tensor, funcol.AsyncCollectiveTensor) else tensor
+
+
+def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return _finished(funcol.all_gather_tensor(x.contiguous(), dim, group))
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return _finished(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return _finished(funcol.all_reduce(x, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None
+
+
+# Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
+
+
+def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Every rank's part, side by side along `dim`. The gradient of a part is the sum over ranks of what they did with it."""
+    return _Gather.apply(x, dim, group) if torch.is_grad_enabled() else _gather(x, dim, group)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The sum over ranks, of which each keeps its part along `dim`."""
+    return _ReduceScatter.apply(x, dim, group) if torch.is_grad_enabled() else _reduce_scatter(x, dim, group)
+
+
+def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over ranks on all of them, where all go on to compute the same from it: its gradient is theirs, not their sum."""
+    return _Sum.apply(x, group) if torch.is_grad_enabled() else _finished(funcol.all_reduce(x, "sum", group))
+
+
+def largest_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The maximum over ranks, without gradient."""
+    return _finished(funcol.all_reduce(x.detach(), "max", group))

@@ -1,0 +1,79 @@
+"""float8 matrix products, by torchao: inputs, weights and gradients are scaled and cast for each product.
+
+Scales are rounded to powers of two in both recipes. A float8 number keeps its mantissa under such a scale, so that a
+device which scales its own part of a matrix by its own largest value rounds as one that has the whole: the layout shows
+only in numbers that are too small for a float8 exponent. On devices without float8 products torchao emulates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchao.float8 import Float8LinearConfig, precompute_float8_dynamic_scale_for_fsdp
+from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+
+from parallel.float8_layers import choices
+from parallel.tensor import ColumnLinear, RowLinear, local
+
+if TYPE_CHECKING:
+    from models.llama import Llama
+    from train.config import Config
+
+
+class _Float8Split:
+    """The product of a layer that is split over tensor-parallel devices."""
+
+    def multiply(self: Any, x: Tensor) -> Tensor:
+        return matmul_with_hp_or_float8_args.apply(x, local(self.weight).t(), self.linear_mm_config, self.config)
+
+
+class Float8ColumnLinear(_Float8Split, ColumnLinear):
+    pass
+
+
+class Float8RowLinear(_Float8Split, RowLinear):
+    pass
+
+
+_SPLIT: dict[type, type] = {ColumnLinear: Float8ColumnLinear, RowLinear: Float8RowLinear}
+
+
+def convert(model: Llama, config: Config, device: torch.device, gather_as_float8: bool = True) -> None:
+    """Replace the layers that gain, in place; after tensor parallelism, before transforms.
+
+    Args:
+        gather_as_float8: let FSDP gather weights as float8 where the recipe can: half the bytes.
+    """
+    recipe = config.float8.recipe
+    shape, degree = model.shape, 1
+    options = Float8LinearConfig() if recipe == "tensorwise" else Float8LinearConfig.from_recipe_name(recipe)
+    options = replace(options, emulate=not _has_float8(device), round_scales_to_power_of_2=True, pad_inner_dim=False)
+    template = Float8Linear.from_float(nn.Linear(16, 16, bias=False, device="meta"), options)
+    first = next(iter(model.model.layers.values())).self_attn.q_proj
+    if isinstance(first, ColumnLinear):
+        degree = first.tensor_mesh.size()
+    chosen = [choice.name for choice in choices(shape, config.float8, degree) if not choice.reason]
+    for block in model.model.layers.values():
+        for name in chosen:
+            parent = block.get_submodule(name.rpartition(".")[0])
+            layer = block.get_submodule(name)
+            if type(layer) in _SPLIT:
+                layer.__class__ = _SPLIT[type(layer)]
+                layer.config, layer.linear_mm_config = options, template.linear_mm_config
+                continue
+            gathered = replace(options, enable_fsdp_float8_all_gather=gather_as_float8 and recipe == "tensorwise")
+            setattr(parent, name.rpartition(".")[2], Float8Linear.from_float(layer, gathered))
+
+
+def precompute_scales(parts: Sequence[nn.Module]) -> None:
+    """After an optimizer step: the scales of all weights that FSDP gathers as float8, with one exchange for all of them."""
+    for part in parts:
+        precompute_float8_dynamic_scale_for_fsdp(part)
+
+
+def _has_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
