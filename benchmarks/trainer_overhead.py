@@ -120,9 +120,9 @@ def run_bare(config: Config, turns: Turns) -> None:
     """The same update with as little as possible around it."""
     half = compute_dtype(config, turns.device) == torch.bfloat16
     model = Llama(named_shape(config.model), context=config.training.sequence_length).to(turns.device)
-    init_weights(model, config.run.seed)
+    init_weights([model], config.run.seed)
     master = copy.deepcopy(model) if half else model  # the float32 weights, which the optimizer holds
-    optimizer = build_optimizer(master, config.optimizer)
+    optimizer = build_optimizer([master], config.optimizer)
     weights, copies = list(master.parameters()), list(model.parameters())
     for p in copies:
         p.data = p.data.bfloat16() if half else p.data
@@ -154,7 +154,7 @@ def run_transformers(config: Config, turns: Turns) -> None:
 
     shape, training, optimizer = named_shape(config.model), config.training, config.optimizer
     source = Llama(shape, context=training.sequence_length)
-    init_weights(source, config.run.seed)
+    init_weights([source], config.run.seed)
     hf_values = hf_config(shape, training.sequence_length, None, [], "float32")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_values))
     model.load_state_dict({name: strip_padding(name, tensor, shape) for name, tensor in source.state_dict().items()})

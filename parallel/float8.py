@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchao.float8 import Float8LinearConfig, precompute_float8_dynamic_scale_for_fsdp
+from torch.distributed.tensor import DTensor
+from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+from torchao.float8.float8_utils import _round_scale_down_to_power_of_2
+from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
 from parallel.float8_layers import choices
 from parallel.tensor import ColumnLinear, RowLinear, local
 
 if TYPE_CHECKING:
     from models.llama import Llama
+    from parallel.mesh import Mesh
     from train.config import Config
 
 
@@ -69,10 +73,25 @@ def convert(model: Llama, config: Config, device: torch.device, gather_as_float8
             setattr(parent, name.rpartition(".")[2], Float8Linear.from_float(layer, gathered))
 
 
-def precompute_scales(parts: Sequence[nn.Module]) -> None:
-    """After an optimizer step: the scales of all weights that FSDP gathers as float8, with one exchange for all of them."""
-    for part in parts:
-        precompute_float8_dynamic_scale_for_fsdp(part)
+@torch.no_grad()
+def precompute_scales(parts: Sequence[nn.Module], mesh: Mesh) -> None:
+    """Before the first step and after each: the scales of weights that FSDP gathers as float8, with one exchange for all.
+
+    As `torchao.float8.precompute_float8_dynamic_scale_for_fsdp`, with scales rounded down to powers of two.
+    """
+    layers = [module for part in parts for module in part.modules() if isinstance(module, Float8Linear)]
+    # The object itself, not a view of it: FSDP reads the scale there.
+    held = [layer.weight._local_tensor for layer in layers if isinstance(layer.weight, DTensor)]
+    wrapped = [part for part in held if isinstance(part, WeightWithDynamicFloat8CastTensor)]
+    if not wrapped:
+        return
+    largest = torch.stack([w._tensor.abs().amax() if w.numel() else w._tensor.new_zeros(()) for w in wrapped])
+    if mesh.parameters.size(1) > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.parameters.get_group(1))
+    dtype = layers[0].config.cast_config_weight.target_dtype
+    scales = (torch.finfo(dtype).max / largest.clamp(min=1e-12).double()).float()
+    for weight, scale in zip(wrapped, _round_scale_down_to_power_of_2(scales)):
+        weight._precomputed_scale = scale
 
 
 def _has_float8(device: torch.device) -> bool:

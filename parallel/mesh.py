@@ -91,7 +91,7 @@ def choose_device(requested: str) -> torch.device:
 
 
 def start(
-    requested_device: str, pipeline: int = 1, replicate: int = 1, shard: int = 1, context: int = 1, tensor: int = 1
+    requested_device: str, *, pipeline: int = 1, replicate: int = 1, shard: int = 1, context: int = 1, tensor: int = 1
 ) -> Mesh:
     """Join the process group (of one process without torchrun) and build the meshes; degrees must fit the world size."""
     device = choose_device(requested_device)

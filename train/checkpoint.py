@@ -20,7 +20,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from models.sizes import LlamaShape, RopeScaling
 from parallel.mesh import Mesh
@@ -175,7 +177,7 @@ class Checkpoints:
         """Every tensor to keep, under its plain name; loads write into these same tensors."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            state[name] = parameter.detach()
+            state[name] = _plain(parameter.detach())
             for key, value in self.optimizer.state[parameter].items():
                 state[f"{OPTIMIZER_PREFIX}{name}.{key}"] = value
         return state
@@ -248,6 +250,21 @@ def check_model(commit: Commit, path: Path, shape: LlamaShape, tokenizer: str, a
         raise CheckpointError(
             f"{path} was trained with another tokenizer (fingerprint {commit.tokenizer[:12]}, this run's is {tokenizer[:12]})"
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A parameter without what a library has wrapped its storage in (torchao, to gather it as float8)."""
+    if isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor._local_tensor):
+        inner = tensor._local_tensor._tensor
+        return DTensor.from_local(
+            inner,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    return tensor
 
 
 def _make_empty(path: Path) -> None:

@@ -57,7 +57,7 @@ def run_job(config: Config) -> None:
             if rank == 0:
                 _check_before_start(config, folder)
                 folder.lock()
-            mesh = meshes.start(config.run.device, *resolve_degrees(config, world_size))
+            mesh = meshes.start(config.run.device, **resolve_degrees(config, world_size)._asdict())
         try:
             with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
                 _train(config, mesh, folder)

@@ -89,7 +89,7 @@ class Trainer:
         if config.float8.recipe == "tensorwise":
             from parallel.float8 import precompute_scales
 
-            self.after_update = partial(precompute_scales, self.parts)
+            self.after_update = partial(precompute_scales, self.parts, mesh)
         self.optimizer = build_optimizer(self.parts, config.optimizer)
         self.checkpoints = Checkpoints(
             self.folder.checkpoints, config.checkpoint.keep, self.parts, self.optimizer, mesh
@@ -141,6 +141,7 @@ class Trainer:
         """Train to the last step, validating, logging and saving on the way; `resume` comes first."""
         config, batches = self.config, self.batches
         gc.collect()
+        self.after_update()
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
             self.throughput.restart(self.step, 0.0)

@@ -53,7 +53,7 @@ def test_our_model_has_the_perplexity_that_transformers_has(real_inputs):
     text = (real_inputs / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")[:100_000]
     shape = shape_from_hf(folder)
     model = Llama(shape)
-    load_weights(model, HFWeights(folder).read)
+    load_weights([model], HFWeights(folder).read)
     from transformers import AutoTokenizer
 
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"])

@@ -178,7 +178,7 @@ def test_meta_build_gives_the_same_model(name):
     other.to_empty(device="cpu")
     other.reset_after_to_empty()
     weights = tensors_of(model)
-    load_weights(other, lambda parameter, row, rows: weights[parameter][row : row + rows])
+    load_weights([other], lambda parameter, row, rows: weights[parameter][row : row + rows])
     assert tensors_of(other).keys() == weights.keys()
     assert (other.lm_head.weight is other.model.embed_tokens.weight) == model.shape.tied_embeddings
     tokens = random_tokens(model.shape)
@@ -203,7 +203,7 @@ def stories(real_inputs) -> tuple[Llama, Path]:
     model.reset_after_to_empty()
     weights = HFWeights(folder)
     check_names(weights, {name: parameter.shape for name, parameter in model.named_parameters()}, model.shape)
-    load_weights(model, weights.read)
+    load_weights([model], weights.read)
     return model.eval(), folder
 
 
@@ -389,7 +389,7 @@ def test_import_after_export_gives_identical_weights(tmp_path):
     model = random_model(SHAPES["odd vocabulary"])
     write_folder(tmp_path, model, 3)
     other = Llama(shape_from_hf(tmp_path))
-    load_weights(other, HFWeights(tmp_path).read)
+    load_weights([other], HFWeights(tmp_path).read)
     padding_rows = {"model.embed_tokens.weight", "lm_head.weight"}
     for (name, mine), theirs in zip(tensors_of(model).items(), other.parameters(), strict=True):
         if name in padding_rows:

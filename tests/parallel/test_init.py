@@ -29,7 +29,7 @@ def filled(rows: int, columns: int, offsets=(0, 0), key=KEY, std=0.02) -> torch.
 
 def initialised(shape: LlamaShape, seed: int) -> dict[str, torch.Tensor]:
     model = Llama(shape)
-    init_weights(model, seed)
+    init_weights([model], seed)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -155,7 +155,7 @@ def test_padding_rows_start_at_zero():
 
 def test_tied_embeddings_are_drawn_once_under_the_first_name():
     tied = Llama(replace(SHAPE, tied_embeddings=True))
-    init_weights(tied, seed=1)
+    init_weights([tied], seed=1)
     assert torch.equal(tied.lm_head.weight, initialised(SHAPE, seed=1)["model.embed_tokens.weight"])
 
 
@@ -173,7 +173,7 @@ def test_global_random_state_is_neither_used_nor_changed():
     torch.manual_seed(1)
     model = Llama(SHAPE)
     state = torch.get_rng_state()
-    init_weights(model, seed=1)
+    init_weights([model], seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], parameter) for name, parameter in model.named_parameters())
 

@@ -6,8 +6,8 @@ import pytest
 import tomli
 from support import run_python
 
+from parallel.degrees import resolve_degrees
 from train.config import Config
-from train.config_rules import resolve_degrees
 from train.config_sources import ConfigError, help_text, load_config, schema_keys, split_arguments, to_toml
 
 
@@ -193,7 +193,7 @@ def test_an_unknown_table_is_named_with_its_file(toml, text):
 
 def test_an_unknown_key_without_a_near_one_lists_what_is_allowed():
     report = only_problem(flags=["--compile.zzzzzz", "1"])
-    assert "allowed are compile.enabled, compile.backend" in report
+    assert "allowed are compile.enabled, compile.cuda_graphs, compile.backend" in report
 
 
 def test_a_bad_argument_is_named():
@@ -358,18 +358,22 @@ def test_both_degrees_open_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world_size", "resolved"),
+    ("given", "world_size", "resolved"),
     [
-        (-1, 1, 8, (8, 1)),
-        (1, -1, 8, (1, 8)),
-        (2, -1, 8, (2, 4)),
-        (-1, 4, 8, (2, 4)),
-        (2, 4, 8, (2, 4)),
-        (-1, 1, 1, (1, 1)),
+        ({"replicate": -1}, 8, {"replicate": 8}),
+        ({"replicate": 1, "shard": -1}, 8, {"shard": 8}),
+        ({"replicate": 2, "shard": -1}, 8, {"replicate": 2, "shard": 4}),
+        ({"replicate": -1, "shard": 4}, 8, {"replicate": 2, "shard": 4}),
+        ({"replicate": 2, "shard": 4}, 8, {"replicate": 2, "shard": 4}),
+        ({}, 1, {}),
+        ({"tensor": 2, "pipeline": 2}, 16, {"replicate": 4, "tensor": 2, "pipeline": 2}),
+        ({"replicate": 1, "context": -1, "tensor": 2}, 8, {"context": 4, "tensor": 2}),
     ],
 )
-def test_degrees_are_filled_in(replicate, shard, world_size, resolved):
-    assert resolve_degrees(replicate, shard, world_size) == resolved
+def test_degrees_are_filled_in(given, world_size, resolved):
+    flags = [part for name, degree in given.items() for part in (f"--parallel.{name}", str(degree))]
+    found = resolve_degrees(load_config([], flags), world_size)
+    assert found._asdict() == dict.fromkeys(found._fields, 1) | resolved
 
 
 # The resolved file, help and the command line

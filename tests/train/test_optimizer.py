@@ -98,7 +98,7 @@ def test_matrices_decay_and_norms_and_embedding_do_not():
 
 def test_every_parameter_is_in_one_group_with_its_decay():
     model = Llama(SHAPE)
-    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = build_optimizer([model], OptimizerConfig(weight_decay=0.3))
     with_decay, _ = names_by_decay(model)
     grouped = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(grouped)
@@ -110,7 +110,7 @@ def test_steps_are_those_of_the_adamw_formula():
     torch.manual_seed(0)
     model = Llama(SHAPE)
     config = OptimizerConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer([model], config)
     decay_of = {"model.layers.0.mlp.up_proj.weight": 0.2, "model.norm.weight": 0.0}
     watched = {name: parameter for name, parameter in model.named_parameters() if name in decay_of}
     expected = {name: parameter.detach().double() for name, parameter in watched.items()}
@@ -141,7 +141,7 @@ def trained(model: Llama, optimizer: torch.optim.Optimizer, steps: range) -> Non
 def test_materialising_the_state_changes_no_weight():
     model = Llama(SHAPE)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5))
+    optimizer = build_optimizer([model], OptimizerConfig(lr=0.5))
     materialise_state(optimizer)
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
@@ -156,9 +156,9 @@ def test_materialising_the_state_changes_no_weight():
 def test_a_state_loaded_into_materialised_tensors_goes_on_exactly():
     torch.manual_seed(0)
     straight, resumed = Llama(SHAPE), Llama(SHAPE)
-    optimizer = build_optimizer(straight, OptimizerConfig())
+    optimizer = build_optimizer([straight], OptimizerConfig())
     trained(straight, optimizer, range(3))
-    other = build_optimizer(resumed, OptimizerConfig())
+    other = build_optimizer([resumed], OptimizerConfig())
     materialise_state(other)
     with torch.no_grad():
         for mine, theirs in zip(straight.parameters(), resumed.parameters(), strict=True):

@@ -25,7 +25,7 @@ def plain_training(flags: list[str]) -> list[float]:
     tokenizer = run_tokenizer(config)
     rows, _ = open_data(config, tokenizer, tokenizer.vocab_size)
     model = Llama(named_shape(config.model, tokenizer.vocab_size), config.training.sequence_length)
-    init_weights(model, config.run.seed)
+    init_weights([model], config.run.seed)
     no_decay = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     decay = [p for n, p in model.named_parameters() if not (p.ndim < 2 or "embed" in n)]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
@@ -158,9 +158,9 @@ def test_weights_of_two_processes_start_bit_identical(tmp_path):
         "out, replicate, shard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
         "config = load_config([], ['--run.device', 'cpu', '--compile.enabled', 'false', '--model.shape.num_heads', '3',\n"
         "    '--model.shape.num_kv_heads', '1', '--model.shape.dim', '33', '--model.shape.head_dim', '10'])\n"
-        "mesh = meshes.start('cpu', replicate, shard)\n"
-        "model, _ = build_model(config, mesh, named_shape(config.model, 301))\n"
-        "init_weights(model, 5)\n"
+        "mesh = meshes.start('cpu', replicate=replicate, shard=shard)\n"
+        "model, = build_model(config, mesh, named_shape(config.model, 301)).parts\n"
+        "init_weights([model], 5)\n"
         "full = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}\n"
         "if mesh.is_main: torch.save(full, out)\n"
     )

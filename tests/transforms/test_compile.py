@@ -25,7 +25,7 @@ TOKENS = torch.arange(2 * 32).view(2, 32) % 60
 
 @pytest.fixture(scope="module")
 def mesh():
-    mesh = meshes.start("cpu", 1, 1)
+    mesh = meshes.start("cpu")
     yield mesh
     torch.distributed.destroy_process_group()
 
@@ -42,12 +42,12 @@ def build(mesh, tmp_path, corpus, **changes) -> tuple[Llama, Noise | None]:
     config = load_config([], tiny_flags(tmp_path, corpus, **changes), world_size=1)
     with torch.device("meta"):
         model = Llama(named_shape(config.model, 60), context=32)
-    noise = parallelize.apply(model, config, mesh)
+    noise = parallelize.apply(model, config, mesh).noise
     model.to_empty(device="cpu")
     model.reset_after_to_empty()
     if noise is not None:
         noise.fill()
-    init_weights(model, 5)
+    init_weights([model], 5)
     return model, noise
 
 
