@@ -91,13 +91,11 @@ def compile_parts(model: Llama, config: Config) -> None:
     options: dict[str, Any] = {"fullgraph": True, "backend": config.compile.backend}
     if config.compile.cuda_graphs:
         options["options"] = {"triton.cudagraphs": True}
-    if config.activation_checkpointing.mode == "budget":
-        torch._functorch.config.activation_memory_budget = config.activation_checkpointing.budget
-    if config.parallel.async_tensor:
-        torch._inductor.config._micro_pipeline_tp = True
-    if config.parallel.pipeline_schedule in ("zero_bubble", "zbv"):
-        # Their backward runs twice over a stage, first for inputs and then for weights.
-        torch._functorch.config.donated_buffer = False
+    checkpointing = config.activation_checkpointing
+    torch._functorch.config.activation_memory_budget = checkpointing.budget if checkpointing.mode == "budget" else 1.0
+    torch._inductor.config._micro_pipeline_tp = config.parallel.async_tensor
+    # The backward of a zero-bubble schedule runs twice over a stage, first for inputs and then for weights.
+    torch._functorch.config.donated_buffer = config.parallel.pipeline_schedule not in ("zero_bubble", "zbv")
     for block in model.model.layers.values():
         block.compile(**options)
     if model.lm_head is not None:

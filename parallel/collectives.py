@@ -1,7 +1,8 @@
 """Exchanges between devices inside a forward, with their gradients, eager and traced by torch.compile.
 
 They return plain tensors that are there: an unfinished result (`AsyncCollectiveTensor`) that enters a compiled block
-loses its gradient on torch 2.13.0 (pytorch issue 179849).
+loses its gradient on torch 2.13.0 (pytorch issue 179849). Groups go by name, which is a constant to the compiler; a group
+itself would be an input of the graph, whose size the partitioner cannot tell.
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+# torch 2.13 has renamed them
+_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_scatter_sum: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
 def _finished(tensor: Tensor) -> Tensor:
     return tensor.wait() if isinstance(tensor, funcol.AsyncCollectiveTensor) else tensor
 
 
-def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _finished(funcol.all_gather_tensor(x.contiguous(), dim, group))
+def _gather(x: Tensor, dim: int, group: str) -> Tensor:
+    return _finished(_all_gather(x.contiguous(), dim, group))
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _finished(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
+    return _finished(_scatter_sum(x.contiguous(), "sum", dim, group))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _gather(x, dim, group)
 
@@ -39,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
         return _reduce_scatter(x, dim, group)
 
@@ -50,7 +54,7 @@ class _ReduceScatter(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         return _finished(funcol.all_reduce(x, "sum", group))
 
     @staticmethod
@@ -61,21 +65,21 @@ class _Sum(torch.autograd.Function):
 # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
 
 
-def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather(x: Tensor, dim: int, group: str) -> Tensor:
     """Every rank's part, side by side along `dim`. The gradient of a part is the sum over ranks of what they did with it."""
     return _Gather.apply(x, dim, group) if torch.is_grad_enabled() else _gather(x, dim, group)
 
 
-def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """The sum over ranks, of which each keeps its part along `dim`."""
     return _ReduceScatter.apply(x, dim, group) if torch.is_grad_enabled() else _reduce_scatter(x, dim, group)
 
 
-def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+def sum_over(x: Tensor, group: str) -> Tensor:
     """The sum over ranks on all of them, where all go on to compute the same from it: its gradient is theirs, not their sum."""
     return _Sum.apply(x, group) if torch.is_grad_enabled() else _finished(funcol.all_reduce(x, "sum", group))
 
 
-def largest_over(x: Tensor, group: ProcessGroup) -> Tensor:
+def largest_over(x: Tensor, group: str) -> Tensor:
     """The maximum over ranks, without gradient."""
     return _finished(funcol.all_reduce(x.detach(), "max", group))

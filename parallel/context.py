@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from models.attention import CausalAttention, Mask, attention_mask, documents_of, positions_in_documents
 from models.loss import inputs_and_targets
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 class ContextAttention(CausalAttention):
     """Attention of this device's queries to the keys of the whole row, which come in the order of the devices."""
 
-    context_group: ProcessGroup
+    context_group: str
 
     def forward(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Mask | None = None) -> Tensor:
         k_BKSE, v_BKSE = gather(torch.stack([k_BKTE, v_BKTE]), 3, self.context_group)
@@ -39,7 +38,7 @@ def split(model: Llama, mesh: Mesh) -> None:
     for module in model.modules():
         if type(module) is CausalAttention:
             module.__class__ = ContextAttention
-            module.context_group = mesh.context_group
+            module.context_group = mesh.context_group.group_name
 
 
 def columns_of(rank: int, size: int, length: int) -> Tensor:

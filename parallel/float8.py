@@ -59,7 +59,7 @@ def convert(model: Llama, config: Config, device: torch.device, gather_as_float8
     template = Float8Linear.from_float(nn.Linear(16, 16, bias=False, device="meta"), options)
     first = next(iter(model.model.layers.values())).self_attn.q_proj
     if isinstance(first, ColumnLinear):
-        degree = first.tensor_mesh.size()
+        degree = first.weight.device_mesh.size()
     chosen = [choice.name for choice in choices(shape, config.float8, degree) if not choice.reason]
     for block in model.model.layers.values():
         for name in chosen:

@@ -44,7 +44,8 @@ def local(parameter: Tensor, partial: bool = False) -> Tensor:
 class SplitLinear(nn.Linear):
     """A linear layer of which each device holds a part of the weight; `multiply` is the product with that part."""
 
-    tensor_mesh: DeviceMesh
+    tensor_group: str
+    tensor_rank: int
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(self.multiply(self.enter(x)))
@@ -63,14 +64,14 @@ class ColumnLinear(SplitLinear):
     """Some of the outputs: x (B, T / n, in) -> (B, T, out / n)."""
 
     def enter(self, x: Tensor) -> Tensor:
-        return gather(x, SEQUENCE, self.tensor_mesh.get_group())
+        return gather(x, SEQUENCE, self.tensor_group)
 
 
 class RowLinear(SplitLinear):
     """Some of the inputs, summed over devices: x (B, T, in / n) -> (B, T / n, out)."""
 
     def leave(self, y: Tensor) -> Tensor:
-        return reduce_scatter(y, SEQUENCE, self.tensor_mesh.get_group())
+        return reduce_scatter(y, SEQUENCE, self.tensor_group)
 
 
 class SequenceNorm(nn.RMSNorm):
@@ -83,35 +84,37 @@ class SequenceNorm(nn.RMSNorm):
 class VocabularyEmbedding(nn.Embedding):
     """Some rows of the embedding: tokens (B, T) -> (B, T / n, D)."""
 
-    tensor_mesh: DeviceMesh
+    tensor_group: str
+    tensor_rank: int
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         weight = local(self.weight)
-        index = tokens_BT - self.tensor_mesh.get_local_rank() * len(weight)
+        index = tokens_BT - self.tensor_rank * len(weight)
         elsewhere = (index < 0) | (index >= len(weight))
         rows = F.embedding(index.masked_fill(elsewhere, 0), weight)
-        return reduce_scatter(rows.masked_fill(elsewhere[..., None], 0), SEQUENCE, self.tensor_mesh.get_group())
+        return reduce_scatter(rows.masked_fill(elsewhere[..., None], 0), SEQUENCE, self.tensor_group)
 
 
 class VocabularyHead(Head):
     """Some rows of the output matrix: hidden states (B, T / n, D) and targets (B, T) -> the loss, equal on all devices."""
 
-    tensor_mesh: DeviceMesh
+    tensor_group: str
+    tensor_rank: int
 
     def forward(self, h_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        return super().forward(gather(h_BTD, SEQUENCE, self.tensor_mesh.get_group()), targets_BT)
+        return super().forward(gather(h_BTD, SEQUENCE, self.tensor_group), targets_BT)
 
     def multiply(self, h_BTD: Tensor) -> Tensor:
         return F.linear(h_BTD, local(self.weight))
 
     def logits(self, h_BTD: Tensor) -> Tensor:
-        return gather(self.multiply(h_BTD), 2, self.tensor_mesh.get_group())[..., : self.vocab_size]
+        return gather(self.multiply(h_BTD), 2, self.tensor_group)[..., : self.vocab_size]
 
     def loss_sum(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """As `next_token_loss_sum`, by three sums of a number per token over devices, none of them in the backward."""
-        group = self.tensor_mesh.get_group()
+        group = self.tensor_group
         logits = self.multiply(h_BTD).float()
-        first = self.tensor_mesh.get_local_rank() * logits.shape[-1]
+        first = self.tensor_rank * logits.shape[-1]
         if first + logits.shape[-1] > self.vocab_size:  # padding of the vocabulary; a device may hold nothing else
             column = torch.arange(logits.shape[-1], device=logits.device)
             logits = logits.masked_fill(column >= self.vocab_size - first, -1e30)
@@ -149,7 +152,7 @@ def split(model: Llama, mesh: DeviceMesh) -> None:
             module.__class__, placement = _CLASSES[kind]
         shared = kind == "vocabulary" and model.shape.tied_embeddings
         module.weight = tied if shared else _part(module.weight, mesh, placement)
-        module.tensor_mesh = mesh
+        module.tensor_group, module.tensor_rank = mesh.get_group().group_name, mesh.get_local_rank()
 
 
 def _part(weight: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:

@@ -288,7 +288,7 @@ def _leave(layer: Any, y: Tensor) -> Tensor:
     context, tokens = layer.noise.place()
     if y.shape[1] != whole and len(layer.output_effects) and not layer.noise.clean:
         # Each device goes on with its part of the sequence.
-        first = layer.tensor_mesh.get_local_rank() * y.shape[1]
+        first = layer.tensor_rank * y.shape[1]
         if tokens is None:
             position = torch.arange(whole, device=y.device).expand(len(y), -1)
             sample = (context[2] + torch.arange(len(y), device=y.device))[:, None].expand(-1, whole)

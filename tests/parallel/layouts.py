@@ -153,10 +153,27 @@ class Pool:
                 del waiting[pipe]
         return answers
 
+    @property
+    def alive(self) -> bool:
+        return all(worker.poll() is None for worker in self.workers)
+
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
             worker.wait()
+
+
+def difference(expected: Record, found: Record) -> tuple[float, float, str]:
+    """Largest relative difference (2-norm) of a parameter's gradient: at the first step, at any, and where that was."""
+    first, largest, where = 0.0, 0.0, ""
+    for step, (wanted, seen) in enumerate(zip(expected.gradients, found.gradients, strict=True)):
+        assert wanted.keys() == seen.keys()
+        for name, gradient in wanted.items():
+            relative = float((gradient - seen[name]).norm() / gradient.norm())
+            first = max(first, relative) if step == 0 else first
+            if relative > largest:
+                largest, where = relative, f"step {step + 1}, {name}"
+    return first, largest, where
 
 
 def serve(rank: int, size: int) -> None:
