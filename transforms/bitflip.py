@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from types import FunctionType
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from transforms.context import Noise
 from transforms.noise import stream_key
-from transforms.sampling import CHUNK, Law, choose_law, failed_cells, make_table, stuck_values, words_of
+from transforms.sampling import CHUNK, Law, Span, choose_law, failed_cells, make_table, stuck_values, words_of
 
 STORAGE = {
     "bfloat16": (torch.bfloat16, torch.int16, 7),
@@ -65,6 +65,11 @@ class BitflipCode:
     zero_above: float | None = None
     persistent: bool = False
     stuck: bool = False
+    first_row: int = 0
+    """Of a shard, the place of its first element in the unsharded operand: row (of a weight) and column (feature)."""
+    first_column: int = 0
+    columns: int = 0
+    """Columns of the unsharded weight; 0 where the operand has them all."""
     limits: tuple[float, ...] = field(init=False, compare=False)
     """The smallest number of each format (in the order of `STORAGE`) that is not below the threshold: eager and compiled
     code round a threshold that lies between two numbers of a format differently."""
@@ -112,29 +117,84 @@ class BitflipCode:
         position, sample = positions_and_samples(value, context, tokens)
         return position.flatten(), sample.flatten(), context[0]
 
+    def span(self, value: Tensor) -> Span:
+        """Which elements of the unsharded operand the rows of this one are; a weight with all columns is a single row.
+
+        Raises:
+            ValueError: a weight's columns reach beyond those of the unsharded weight.
+        """
+        width = value.shape[-1]
+        if not self.of_weight:
+            return Span(width, self.first_column)
+        columns = self.columns or width
+        if value.dim() > 1 and self.first_column + width > columns:
+            last = self.first_column + width - 1
+            raise ValueError(f"columns {self.first_column} to {last} are not within a weight of {columns} columns")
+        start = self.first_row * columns + self.first_column
+        if columns == width or value.dim() < 2:
+            return Span(value.numel(), start)
+        return Span(width, start, columns)
+
     @staticmethod
     @cache
     def read(text: str) -> BitflipCode:
         values = json.loads(text)
         return BitflipCode(**{**values, "law": Law(**values["law"])})
 
+    @staticmethod
+    @cache
+    def placeless(text: str) -> BitflipCode:
+        """The code of all shards of an operand, for `_golden`, which is told where its rows stand."""
+        return replace(BitflipCode.read(text), first_row=0, first_column=0, columns=0)
+
 
 def golden(code: BitflipCode, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
     """What the memory returns for `value`, before the threshold: every kernel must agree with it, bit for bit."""
+    if value.numel() == 0:
+        return value.clone()
+    rows, place = _rows_and_place(code, value)
+    return _golden(code, rows, table, context, tokens, *place).view(value.shape)
+
+
+def _rows_and_place(code: BitflipCode, value: Tensor) -> tuple[Tensor, tuple[int | Tensor, int, Tensor | None]]:
+    """A weight of one row as a vector, anything else as it is; and the last arguments of `_golden`."""
+    span = code.span(value)
+    if not span.stride:
+        return value.flatten() if code.of_weight else value, (span.start // CHUNK, span.skip, None)
+    begin = span.start + span.stride * torch.arange(len(value), device=value.device)
+    return value, (begin // CHUNK, span.skip, begin % CHUNK if span.stride % CHUNK else None)
+
+
+def _golden(
+    code: BitflipCode, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None,
+    first: int | Tensor, skip: int, skips: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The golden function of rows that start anywhere; what compiled code may share for several shards is a tensor.
+
+    Args:
+        first: number of the first chunk, one for all rows or (rows,).
+        skip: elements of its first chunk that lie before a row, or if `skips` has them row by row, their maximum.
+    """
     if code.law.name == "none" and value.dtype == STORAGE[code.storage][0]:
         return value.clone()  # an operation must not return its argument
     position, sample, step = code.rows(value, context, tokens)
-    width = value.numel() if code.of_weight else value.shape[-1]
-    flat = value.reshape(-1, width)
-    word = _encode(code.storage, flat)
+    width = value.shape[-1]
+    word = _encode(code.storage, value.reshape(-1, width))
     if code.law.name != "none":
-        words = words_of(table[:2], -(-width // CHUNK), position, sample, step)
-        # What a partial last chunk draws beyond the end is not used.
-        failed = failed_cells(code.law, table[2:], words).flatten(1)[:, :width]
+        words = words_of(table[:2], -(-(skip + width) // CHUNK), position, sample, step, first)
+        failed = _within(failed_cells(code.law, table[2:], words), width, skip, skips)
         if code.stuck:
-            failed = failed & (word ^ stuck_values(words, value.device).flatten(1)[:, :width])
+            failed = failed & (word ^ _within(stuck_values(words, value.device), width, skip, skips))
         word = word ^ failed
     return _decode(code.storage, word, value.dtype).view(value.shape)
+
+
+def _within(drawn: Tensor, width: int, skip: int, skips: Tensor | None) -> Tensor:
+    """What is drawn for the elements of a row, without what its first and last chunk draw beyond its ends."""
+    drawn = drawn.flatten(1)
+    if skips is None:
+        return drawn[:, skip : skip + width]
+    return drawn.gather(1, skips[:, None] + torch.arange(width, device=drawn.device))
 
 
 def _encode(storage: str, value: Tensor) -> Tensor:
@@ -175,19 +235,23 @@ def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tenso
 
     Traced into a block, the integer arithmetic of its 14 operands took 60 to 90 s to compile.
     """
+    if value.numel() == 0:
+        return value.clone()
     code = BitflipCode.read(text)
+    rows, place = _rows_and_place(code, value.contiguous())
     if code.of_weight:
-        return _compiled(text, None)(code, value.contiguous().flatten(), table, context, tokens).view(value.shape)
-    return _compiled(text, value.shape)(code, value.contiguous(), table, context, tokens)
+        code = BitflipCode.placeless(text)
+    run = _compiled(code.text, None if code.of_weight else value.shape)
+    return run(code, rows, table, context, tokens, *place).view(value.shape)
 
 
 @cache
 def _compiled(text: str, shape: torch.Size | None) -> Callable[..., Tensor]:
     """The golden function compiled for one code and shape, or any, as a function of its own: variants count by function.
 
-    Of inputs there are few shapes, each met often; weights have more, and are small.
+    Of inputs there are few shapes, each met often; weights have more, and are small. Their place is an argument.
     """
-    own = FunctionType(golden.__code__.replace(co_name="golden_compiled"), golden.__globals__)
+    own = FunctionType(_golden.__code__.replace(co_name="golden_compiled"), _golden.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=shape is None)
 
 
@@ -228,6 +292,7 @@ class Bitflip(nn.Module):
         probabilities: one per bit of the storage format, least significant first.
         stuck: persistent faults read a fixed value rather than the inverse.
         transposed: the weight is stored (in, out).
+        window: of a shard, its first row and column in the unsharded operand, and a weight's unsharded columns.
     """
 
     hardware = True
@@ -244,12 +309,13 @@ class Bitflip(nn.Module):
         stuck: bool = False,
         stream: str = "",
         transposed: bool = False,
+        window: tuple[int, int, int] = (0, 0, 0),
     ):
         super().__init__()
         self.noise, self.name, self.role, self.stream, self.transposed = noise, name, role, stream, transposed
         self.probabilities = list(probabilities)
         law = choose_law(self.probabilities, persistent)
-        self.code = BitflipCode(law, storage, role == "w", zero_above, persistent, stuck)
+        self.code = BitflipCode(law, storage, role == "w", zero_above, persistent, stuck, *window)
         size = 2 + len(make_table(law, self.probabilities))
         self.register_buffer("table", torch.empty(size, dtype=torch.int64), persistent=False)
         noise.register(self)

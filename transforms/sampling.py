@@ -1,7 +1,8 @@
 """Which cells (bits of a storage word) fail: two sampling laws, both exact, both pure functions of where a cell stands.
 
 Elements are numbered in chunks of 128: along the features of an activation, or along the flat (out, in) index of a
-weight. Where `num_bits` neighbouring bits of a word can fail, a chunk has 128 num_bits cells.
+weight. Where `num_bits` neighbouring bits of a word can fail, a chunk has 128 num_bits cells. A shard's elements keep
+the numbers that they have in the unsharded operand: a chunk that its edge cuts is drawn whole, and the rest dropped.
 
 *Chunk law*, for transient faults where fewer than 2% of the elements are hit: one word gives the number of hits in a
 chunk by the inverse CDF of the binomial distribution at the largest probability; further words give cells, of which the
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,23 +133,54 @@ def make_table(law: Law, probabilities: Sequence[float]) -> list[int]:
     return [_ALL - min(_ALL, round(tail * 2**32)) for tail in tails] + keep
 
 
+class Span(NamedTuple):
+    """Which elements rows are: row r is those from start + stride r on, as the unsharded operand numbers them."""
+
+    width: int
+    """Elements of a row."""
+    start: int = 0
+    stride: int = 0
+
+    @property
+    def skip(self) -> int:
+        """How many elements of its first chunk lie before a row, at most.
+
+        Rows begin at every multiple of gcd(stride, 128) in a chunk, plus what `start` is beyond one of them; all at the
+        same place where the stride is 0 or whole chunks.
+        """
+        unit = math.gcd(self.stride, CHUNK)
+        return CHUNK - unit + self.start % unit
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that a row needs, at most."""
+        return -(-(self.skip + self.width) // CHUNK)
+
+
 Words = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 """Draws (D, 1, 1) -> the four Philox words of every draw, row and chunk, each (D, rows, chunks)."""
 
 
-def words_of(key: Tensor, chunks: int, position: Tensor, sample: Tensor, step: Tensor) -> Words:
+def words_of(
+    key: Tensor, chunks: int, position: Tensor, sample: Tensor, step: Tensor, first: int | Tensor = 0
+) -> Words:
     """Words of the chunks of rows of elements.
 
     An activation's row has one position and one sample; a weight is a single row, its flat (out, in) index, with
-    position 0 and its group as the sample. Counter: chunk and draw as one number, whose part above 32 bits (which only
-    a weight can have) goes to the second word, beside the position; then the sample and the step.
+    position 0 and its group as the sample (or if only some of its columns are here, a range of that index for each
+    row). Counter: chunk and draw as one number, whose part above 32 bits (which only a weight can have) goes to the
+    second word, beside the position; then the sample and the step.
 
     Args:
         key: (2,) int64.
-        position, sample: (rows,) int64.
+        position, sample: (rows,) int64, or (1,) for all rows.
         step: zero-dimensional int64.
+        first: number of the first chunk, one for all rows or (rows,) int64.
     """
-    chunk = torch.arange(chunks, device=key.device)
+    if isinstance(first, Tensor):
+        chunk = first[:, None] + torch.arange(chunks, device=key.device)
+    else:
+        chunk = torch.arange(first, first + chunks, device=key.device)
 
     def words(draw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         number = chunk * DRAWS + draw

@@ -43,6 +43,8 @@ class Case:
     tokens: tuple[int, int] | None = None
     """Batch and sequence length of the tokens that the rows belong to."""
     transposed: bool = False
+    window: tuple[int, int, int] = (0, 0, 0)
+    """Of a shard: first row, first column, and a weight's unsharded columns."""
     special: bool = True
     """Infinities, NaN with payloads, subnormals and ties of rounding are among the values."""
 
@@ -50,7 +52,8 @@ class Case:
         probabilities = bit_probabilities(self.storage, *self.both, self.bits)
         law = choose_law(probabilities, self.persistent)
         assert law.name == self.law, law
-        code = BitflipCode(law, self.storage, self.of_weight, self.zero_above, self.persistent, self.stuck)
+        flags = (self.of_weight, self.zero_above, self.persistent, self.stuck)
+        code = BitflipCode(law, self.storage, *flags, *self.window)
         return code, torch.tensor([*KEY, *make_table(law, probabilities)])
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -79,7 +82,35 @@ def few(count: int, p: float) -> tuple[float, ...]:
     return tuple(0.0 if i % 5 == 3 else p / (1 + i % 3) for i in range(count))
 
 
+SHARDS = {
+    "features, whole chunks": Case((2, 5, 384), window=(0, 256, 0)),
+    "features": Case(window=(0, 77, 0)),
+    "features, tokens": Case((10, 300), window=(0, 1000, 0), tokens=(2, 5)),
+    "features, thinned": Case((2, 20, 300), bits=few(16, 2.0**-10), window=(0, 1, 0)),
+    "features, stuck": Case((4, 9, 50), stuck=True, window=(0, 100, 0)),
+    "features, threshold": Case((4, 9, 50), zero_above=0.3, window=(0, 127, 0)),
+    "features, one element": Case((1, 2, 1), bits=(2.0**-6,) + (0,) * 15, window=(0, 1, 0)),
+    "rows": Case((37, 43), of_weight=True, window=(3, 0, 43)),
+    "rows, whole chunks": Case((30, 64), of_weight=True, window=(10, 0, 0)),
+    "columns, whole chunks": Case((37, 256), of_weight=True, window=(2, 128, 640)),
+    "columns, one start": Case((37, 43), of_weight=True, window=(2, 128 + 100, 640)),
+    "columns": Case((37, 43), of_weight=True, window=(5, 250, 301)),
+    "columns, far": Case((37, 300), of_weight=True, window=(2**23 + 1, 64, 1001)),
+    "columns, threshold": Case((60, 20), of_weight=True, window=(5, 250, 301), zero_above=0.3),
+    "columns, transposed": Case((37, 43), of_weight=True, window=(5, 250, 301), transposed=True),
+    "vector": Case((1000,), of_weight=True, window=(0, 333, 0)),
+    "dense, features": Case(both=(0.05, 0.05), law="dense", window=(0, 77, 0)),
+    "dense, features, persistent": Case(both=(0.01, 0.01), law="dense", persistent=True, window=(0, 640, 0)),
+    "dense, columns, whole chunks": Case((9, 128), both=(0.1, 0.1), law="dense", of_weight=True, window=(1, 128, 384)),
+    "dense, columns": Case((37, 43), both=(0.05, 0.05), law="dense", of_weight=True, window=(5, 250, 301)),
+    "dense, columns, far": Case((9, 300), both=(0.1, 0.1), law="dense", of_weight=True, window=(2**30, 64, 1001)),
+    "dense, columns, stuck": Case(
+        (9, 77), both=(0.1, 0.1), law="dense", of_weight=True, persistent=True, stuck=True, window=(0, 13, 90)
+    ),
+    "none": Case((37, 43), "float32", both=(0, 0), law="none", of_weight=True, zero_above=0.7, window=(5, 250, 301)),
+}
 CASES = {
+    **{f"shard, {name}": case for name, case in SHARDS.items()},
     "chunk": Case(),
     "chunk, 2^-20": Case(shape=(2, 50, 2048), both=(2.0**-20, 2.0**-20), special=False),
     "chunk, whole chunks": Case(shape=(4, 9, 256)),
@@ -214,6 +245,7 @@ def test_in_place_refuses_what_it_cannot_undo():
             flip_in_place(code, value, table, context, tokens)
 
 
+FAR = {"width": "i64", "begin": "i64", "stride": "i64"}
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 COMPILED = {
     "chunk": (Case(both=(2.0**-16, 2.0**-16)), {}),
@@ -227,6 +259,13 @@ COMPILED = {
     "chunk, stuck": (Case(both=(2.0**-16, 2.0**-16), stuck=True), {}),
     "chunk, in place": (Case(both=(2.0**-16, 2.0**-16), tokens=(2, 5)), {"IN_PLACE": True}),
     "none": (Case(value="float32", both=(0, 0), law="none", zero_above=1.0), {}),
+    "chunk, shard": (Case((2, 5, 384), both=(2.0**-16, 2.0**-16), window=(0, 256, 0)), {}),
+    "chunk, shard of a weight": (SHARDS["columns, whole chunks"], FAR),
+    "chunk, shard that cuts chunks": (SHARDS["columns, far"], FAR),
+    "chunk, shard that cuts chunks, pull": (SHARDS["columns, threshold"], {"PULL": True}),
+    "chunk, shard that cuts chunks, in place": (SHARDS["features, tokens"], {"IN_PLACE": True}),
+    "dense, shard": (SHARDS["dense, columns, whole chunks"], FAR),
+    "dense, shard that cuts chunks": (SHARDS["dense, columns, stuck"], {}),
     "dense": (Case(both=(0.05, 0.05), law="dense"), {}),
     "dense, tokens, pull": (Case(both=(0.05, 0.05), law="dense", tokens=(2, 5), zero_above=1.0), {"PULL": True}),
     "dense, stuck weight": (
@@ -290,10 +329,11 @@ def test_kernels_compile_for_hopper(name, tmp_path, monkeypatch):
     assert ".target sm_90a" in compiled.asm["ptx"]
 
 
-def test_a_thread_draws_the_words_of_one_chunk(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["chunk", "chunk, shard"])
+def test_a_thread_draws_the_words_of_one_chunk(name, tmp_path, monkeypatch):
     """Two wide products a round, and no copy of the draws for other layouts; 16 bytes are moved at a time."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    case, changes = COMPILED["chunk"]
+    case, changes = COMPILED[name]
     text = compile_ahead(case, changes).asm["ptx"]
     draws = case.code()[0].law.draws
     assert text.count("mul.hi.u32") <= 14 * draws + 2 * draws
@@ -303,7 +343,15 @@ def test_a_thread_draws_the_words_of_one_chunk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("chunk, thinned", {}), ("chunk, tokens", {"IN_PLACE": True}), ("dense, tokens", {}), ("dense, stuck", {})],
+    [
+        ("chunk, thinned", {}),
+        ("chunk, tokens", {"IN_PLACE": True}),
+        ("dense, tokens", {}),
+        ("dense, stuck", {}),
+        ("shard, features, thinned", {}),
+        ("shard, columns", {"IN_PLACE": True}),
+        ("shard, dense, columns", {}),
+    ],
 )
 def test_compiled_code_sees_that_only_the_output_is_written(name, changes, monkeypatch):
     """torch.compile copies what it believes a kernel writes; it must not believe so of the context or the value."""
@@ -367,7 +415,9 @@ def test_the_operations_are_what_torch_expects_of_one(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["chunk, threshold", "dense, threshold", "chunk, weight", "chunk, tokens"])
+@pytest.mark.parametrize(
+    "name", ["chunk, threshold", "dense, threshold", "chunk, weight", "chunk, tokens", "shard, columns, threshold"]
+)
 def test_kernels_inside_compiled_code(name):
     from transforms.kernels.bitflip import flip_in_place, pull, store
 

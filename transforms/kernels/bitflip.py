@@ -13,6 +13,10 @@ which call i serves elements i, i + 16, ..., i + 112, so the tile of calls is 16
 one eighth of the chunk. Bits are a loop at run time (unrolled, 32 of them are 15,000 instructions); the lower 32 bits
 of U, which decide ties, are drawn once for all of them.
 
+*Shards.* Chunks are numbered as in the unsharded operand, at no cost where the shard begins and its rows follow each
+other at multiples of 128. Elsewhere chunks do not start where rows do: a row may need one more, the first begins
+before it, and what a program copies is no longer aligned.
+
 With a threshold, `pull` takes a gradient back: the same kernels draw the same event again and write the gradient
 instead of the value, so that a backward neither saves nor materialises the stored value.
 
@@ -20,6 +24,8 @@ Words and values are handled as integers, so that NaN takes the same path on eve
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +44,10 @@ TIE_DRAW = tl.constexpr(sampling._TIE_DRAW)
 STUCK_DRAW = tl.constexpr(sampling._STUCK_DRAW)
 CALLS_PER_WORD = tl.constexpr(sampling.CHUNK // 4)
 """Calls of which each serves four elements with a whole word: ties and stuck values."""
+
+# How the chunks of rows are numbered: from 0; from that of each row's first element; and where chunks do not start
+# where rows do.
+WHOLE, ALIGNED, SHIFTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Mantissa bits name a format.
 BFLOAT16, FLOAT16, FLOAT32 = tl.constexpr(7), tl.constexpr(10), tl.constexpr(23)
@@ -168,9 +178,28 @@ def _write(
 
 
 @triton.jit
-def _start(item, width, chunks):
-    """Where a chunk starts in memory, given its number among the chunks of all rows."""
-    return (item // chunks).to(tl.int64) * width + (item % chunks).to(tl.int64) * CHUNK
+def _locate(item, chunks, begin, stride, SHARD: tl.constexpr):
+    """Of a chunk, given its number among the chunks of all rows: its row, the column at which it starts, negative where
+    that is before the row, and its number in the unsharded operand, whose elements from begin + stride row on are here."""
+    row, chunk = item // chunks, item % chunks
+    column = chunk.to(tl.int64) * CHUNK
+    if SHARD == WHOLE:
+        return row, column, chunk
+    else:
+        first = row.to(tl.int64) * stride + begin
+        if SHARD == SHIFTED:
+            column -= first % CHUNK
+        return row, column, first // CHUNK + chunk
+
+
+@triton.jit
+def _start(item, width, chunks, begin, stride, SHARD: tl.constexpr):
+    """Where what a row has of a chunk starts in memory."""
+    row, column, _ = _locate(item, chunks, begin, stride, SHARD)
+    if SHARD == SHIFTED:
+        # A row has `chunks` chunks whether it needs the last or not.
+        column = tl.minimum(tl.maximum(column, 0), width)
+    return row.to(tl.int64) * width + column
 
 
 @triton.jit
@@ -203,13 +232,16 @@ def _flip(hit, cell, keep, kept, FIRST_BIT: tl.constexpr, THINNED: tl.constexpr)
 
 @triton.jit
 def _patch(
-    source, grad, out, start, remaining, cell, flip, failed, counter, key, limit,
+    source, grad, out, row, column, width, cell, flip, failed, counter, key, limit,
     STUCK: tl.constexpr, VALUE: tl.constexpr, STORAGE_FORMAT: tl.constexpr, LIMITED: tl.constexpr, PULL: tl.constexpr,
+    SHARD: tl.constexpr,
 ):  # fmt: skip
     """Write one element of every chunk whose slot flips a bit there; `failed` are all its failing bits so far."""
     element = (cell % CHUNK).to(tl.int64)
-    inside = (flip != 0) & (element < remaining)
-    offset = start + element
+    inside = (flip != 0) & (element < width - column)
+    if SHARD == SHIFTED:
+        inside &= element >= -column
+    offset = row.to(tl.int64) * width + column + element
     word = _convert(_bits(tl.load(source + offset, mask=inside), VALUE), VALUE, STORAGE_FORMAT)
     if STUCK:
         failed &= word ^ _stuck_word(counter, key, (cell % CHUNK).to(tl.int32))
@@ -218,23 +250,24 @@ def _patch(
 
 @triton.jit
 def _chunk_kernel(
-    value, grad, out, table, context, tokens, rows, width, length, chunks, limit,
+    value, grad, out, table, context, tokens, rows, width, length, chunks, begin, stride, limit,
     FIRST_BIT: tl.constexpr, NUM_BITS: tl.constexpr, DRAWS: tl.constexpr, THINNED: tl.constexpr,
     OF_WEIGHT: tl.constexpr, PERSISTENT: tl.constexpr, TOKENS: tl.constexpr, STUCK: tl.constexpr,
     VALUE: tl.constexpr, STORAGE_FORMAT: tl.constexpr, LIMITED: tl.constexpr, PULL: tl.constexpr,
-    IN_PLACE: tl.constexpr, LANES: tl.constexpr, PART: tl.constexpr,
+    SHARD: tl.constexpr, IN_PLACE: tl.constexpr, LANES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Chunk law, or where DRAWS is 0 nothing but the round trip through the storage format and the threshold.
 
-    `rows` of `width` elements have `chunks` chunks each; `length` rows make a sample. The chunks of a program are
-    one piece of memory, copied in parts of PART elements. In place, nothing is copied and `value` is not touched:
-    compiled code may pass two tensors where `out` was `value`.
+    `rows` of `width` elements have `chunks` chunks each; `length` rows make a sample. `begin` and `stride` as in
+    `sampling.Span`. The chunks of a program are one piece of memory, copied in parts of PART elements. In place,
+    nothing is copied and `value` is not touched: compiled code may pass two tensors where `out` was `value`.
     """
     item = tl.program_id(0) * LANES
     if not IN_PLACE:
-        begin, end = _start(item, width, chunks), _start(tl.minimum(item + LANES, rows * chunks), width, chunks)
+        start = _start(item, width, chunks, begin, stride, SHARD)
+        end = _start(tl.minimum(item + LANES, rows * chunks), width, chunks, begin, stride, SHARD)
         for part in tl.static_range(LANES * CHUNK // PART):
-            offset = begin + part * PART + tl.arange(0, PART)
+            offset = start + part * PART + tl.arange(0, PART)
             word = _convert(_bits(tl.load(value + offset, mask=offset < end), VALUE), VALUE, STORAGE_FORMAT)
             _write(out, grad, offset, offset < end, word, limit, VALUE, STORAGE_FORMAT, LIMITED, PULL)
     if DRAWS > 0:
@@ -242,8 +275,7 @@ def _chunk_kernel(
         thresholds, kept = table + 2, table + 2 + SLOTS
         cells_of_chunk = tl.full([LANES], CHUNK * NUM_BITS, tl.uint32)
         item += tl.arange(0, LANES)
-        row, chunk = item // chunks, item % chunks
-        start, remaining = _start(item, width, chunks), width - chunk.to(tl.int64) * CHUNK
+        row, column, chunk = _locate(item, chunks, begin, stride, SHARD)
         step, group, first_sample = tl.load(context), tl.load(context + 1), tl.load(context + 2)
         # Position and sample of the rows where tokens give them, otherwise not used.
         named = (row < rows) & TOKENS
@@ -265,8 +297,8 @@ def _chunk_kernel(
             # Threads now overwrite elements that others have copied.
             tl.debug_barrier()
         _patch(
-            source, grad, out, start, remaining, cell, flip, flip, counter, key, limit,
-            STUCK, VALUE, STORAGE_FORMAT, LIMITED, PULL,
+            source, grad, out, row, column, width, cell, flip, flip, counter, key, limit,
+            STUCK, VALUE, STORAGE_FORMAT, LIMITED, PULL, SHARD,
         )  # fmt: skip
         # At p = 2^-16 a chunk has a second hit once in 2000, a program once in 30.
         if tl.max(count, 0) > 1:
@@ -288,8 +320,8 @@ def _chunk_kernel(
                     for earlier in tl.static_range(slot):
                         failed ^= tl.where(cell % CHUNK == cells[earlier] % CHUNK, flips[earlier], 0)
                 _patch(
-                    source, grad, out, start, remaining, cell, flip, failed, counter, key, limit,
-                    STUCK, VALUE, STORAGE_FORMAT, LIMITED, PULL,
+                    source, grad, out, row, column, width, cell, flip, failed, counter, key, limit,
+                    STUCK, VALUE, STORAGE_FORMAT, LIMITED, PULL, SHARD,
                 )  # fmt: skip
                 cells, flips = cells + (cell,), flips + (flip,)  # type: ignore[assignment]  # noqa: RUF005 - no unpacking
 
@@ -304,16 +336,16 @@ def _fails(word, upper_half: tl.constexpr, high, low, tie, flag):
 
 @triton.jit
 def _dense_kernel(
-    value, grad, out, table, context, tokens, rows, width, length, chunks, limit,
+    value, grad, out, table, context, tokens, rows, width, length, chunks, begin, stride, limit,
     FIRST_BIT: tl.constexpr, NUM_BITS: tl.constexpr,
     OF_WEIGHT: tl.constexpr, PERSISTENT: tl.constexpr, TOKENS: tl.constexpr, STUCK: tl.constexpr,
-    VALUE: tl.constexpr, STORAGE_FORMAT: tl.constexpr, LIMITED: tl.constexpr, PULL: tl.constexpr, TILE: tl.constexpr,
+    VALUE: tl.constexpr, STORAGE_FORMAT: tl.constexpr, LIMITED: tl.constexpr, PULL: tl.constexpr,
+    SHARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Dense law; arguments as for the chunk law. Mask e of the eight is that of elements 16 e to 16 e + 15."""
     item = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row, chunk = item // chunks, item % chunks
+    row, first, chunk = _locate(item, chunks, begin, stride, SHARD)
     call = tl.arange(0, CALLS_PER_BIT)
-    first = chunk.to(tl.int64) * CHUNK
     step, group, first_sample = tl.load(context), tl.load(context + 1), tl.load(context + 2)
     # Position and sample of the rows where tokens give them, otherwise not used.
     named = (row < rows) & TOKENS
@@ -351,6 +383,8 @@ def _dense_kernel(
     for eighth in tl.static_range(8):
         column = call + eighth * CALLS_PER_BIT
         inside = (row < rows)[:, None] & (first[:, None] + column[None, :] < width)
+        if SHARD == SHIFTED:
+            inside &= first[:, None] + column[None, :] >= 0
         offset = (row.to(tl.int64) * width + first)[:, None] + column[None, :]
         word = _convert(_bits(tl.load(value + offset, mask=inside), VALUE), VALUE, STORAGE_FORMAT)
         failed = masks[eighth]
@@ -361,9 +395,8 @@ def _dense_kernel(
 
 def _place(
     code: BitflipCode, value: Tensor, context: Tensor, tokens: Tensor | None
-) -> tuple[Tensor, dict[str, int], dict[str, bool]]:
+) -> tuple[Tensor, dict[str, int], dict[str, Any]]:
     """Position and sample of the rows (or the context, where these follow from it), the sizes, and the flags."""
-    width = value.numel() if code.of_weight else value.shape[-1]
     if code.of_weight or code.persistent:
         tokens = None
     elif tokens is not None:
@@ -371,9 +404,14 @@ def _place(
     elif value.dim() != 3:
         raise ValueError(f"an input of shape {tuple(value.shape)} is not (batch, sequence, features)")
     length = 1 if value.dim() < 2 else value.shape[-2]
-    sizes = {"rows": value.numel() // width, "width": width, "length": length, "chunks": -(-width // sampling.CHUNK)}
+    span = code.span(value)
+    if code.law.name == "none":
+        span = sampling.Span(span.width)
+    shard = SHIFTED if span.skip else ALIGNED if span.start or span.stride else WHOLE
+    sizes = {"rows": value.numel() // span.width, "width": span.width, "length": length, "chunks": span.chunks}
+    sizes |= {"begin": span.start, "stride": span.stride}
     flags = {"OF_WEIGHT": code.of_weight, "PERSISTENT": code.persistent, "TOKENS": tokens is not None}
-    return context if tokens is None else tokens, sizes, flags
+    return context if tokens is None else tokens, sizes, {**flags, "SHARD": shard.value}
 
 
 def _launch(
