@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from models.sizes import LlamaShape, RopeScaling
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
+from train.optimizer import plain_moment, set_moment
 
 COMMIT = "commit.json"
 OPTIMIZER_PREFIX = "optimizer."
@@ -48,6 +49,8 @@ class Commit:
     """Fingerprint; empty for random data."""
     adapters: list[dict[str, Any]] = field(default_factory=list)
     """The tables of the adapters whose weights it holds."""
+    optimizer: str = "adamw"
+    """Whose state it holds; older markers do not say."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -148,14 +151,17 @@ class Checkpoints:
         Raises:
             CheckpointError: a file is damaged or a tensor is missing.
         """
+        state = self._state()
         try:
-            dcp.load(self._state(), storage_reader=dcp.FileSystemReader(path))
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
         except (CheckpointException, OSError, RuntimeError, EOFError) as error:
             others = [step for step in committed_steps(self.folder) if step != int(path.name.partition("-")[2] or -1)]
             remedy = (
                 f"; other complete steps: {', '.join(map(str, others))} (--checkpoint.resume STEP)" if others else ""
             )
             raise CheckpointError(f"could not load {path}: {_root_cause(error)}{remedy}") from error
+        for key, moment in self._moments():
+            set_moment(moment, state[key])
 
     def remove_torn(self) -> None:
         """Delete what interrupted saves have left (main process)."""
@@ -174,13 +180,14 @@ class Checkpoints:
         return renamed
 
     def _state(self) -> dict[str, Tensor]:
-        """Every tensor to keep, under its plain name; loads write into these same tensors."""
-        state: dict[str, Tensor] = {}
+        """Every tensor to keep, under its plain name; loads write into these, of which only quantised moments are copies."""
+        state = {name: _plain(parameter.detach()) for name, parameter in self.parameters.items()}
+        return state | {key: plain_moment(moment) for key, moment in self._moments()}
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():
-            state[name] = _plain(parameter.detach())
             for key, value in self.optimizer.state[parameter].items():
-                state[f"{OPTIMIZER_PREFIX}{name}.{key}"] = value
-        return state
+                yield f"{OPTIMIZER_PREFIX}{name}.{key}", value
 
     def _on_main(self, action: Callable[[], None], what: str) -> None:
         """Run on the main process; its failure is everyone's."""
@@ -230,15 +237,23 @@ def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     return state
 
 
-def check_model(commit: Commit, path: Path, shape: LlamaShape, tokenizer: str, adapters: list[dict[str, Any]]) -> None:
+def check_model(
+    commit: Commit, path: Path, shape: LlamaShape, tokenizer: str, adapters: list[dict[str, Any]], optimizer: str
+) -> None:
     """
     Raises:
-        CheckpointError: the checkpoint is of another architecture, or was trained with another tokenizer or other adapters.
+        CheckpointError: the checkpoint is of another architecture, or was trained with another tokenizer, other adapters or
+            another optimizer.
     """
     if adapters != commit.adapters:
         raise CheckpointError(
             f"{path} was trained with {commit.adapters or 'no adapters'}, this run has {adapters or 'none'}: "
             "export it (which merges its adapters) and begin from there with model.init_from"
+        )
+    if optimizer != commit.optimizer:
+        raise CheckpointError(
+            f'{path} holds the state of optimizer.name = "{commit.optimizer}", this run\'s is "{optimizer}": go on with that '
+            "one, or export it and begin a new run from there with model.init_from"
         )
     mine = asdict(shape)
     # A longer context changes no weight.

@@ -169,18 +169,22 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for the rest; adamw_8bit, adamw_bf16: AdamW with moments of fewer bits."""
     lr: Positive = 1e-3
     """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the first moment."""
+    """Decay of AdamW's first moment."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
-    """Added to the denominator."""
+    """Added to AdamW's denominator."""
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; norms, embeddings and biases have none."""
+    momentum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """muon: decay of its momentum."""
+    nesterov: bool = True
+    """muon: Nesterov's momentum."""
 
 
 class ScheduleConfig(Section):

@@ -15,7 +15,7 @@ from parallel.degrees import (
     rows_per_micro_batch,
     stages_per_device,
 )
-from train.config import Config, ParallelConfig, named_shape, total_steps
+from train.config import Config, OptimizerConfig, ParallelConfig, named_shape, total_steps
 from train.config_sources import Problem
 
 
@@ -24,6 +24,7 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     shape, problems = _shape(config)
     yield from problems
     yield from _sources(config)
+    yield from _optimizer(config)
     if shape is not None:
         yield from length_problems(config, shape)
     if world_size is not None:
@@ -83,6 +84,24 @@ def _sources(config: Config) -> Iterator[Problem]:
         yield Problem("streaming reads one source; prepare a mixture instead", "data.streaming", True)
     if data.streaming and tokenizer.kind == "bpe":
         yield Problem("streaming needs a tokenizer that exists: bytes, hf or tiktoken", "tokenizer.kind", "bpe")
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if optimizer.name != "muon":
+        for key in ("momentum", "nesterov"):
+            value = getattr(optimizer, key)
+            if value != OptimizerConfig.model_fields[key].default:
+                message = f'only optimizer.name = "muon" has it, and this is "{optimizer.name}": leave it out'
+                yield Problem(message, f"optimizer.{key}", value)
+    elif any(spec.kind == "lora" for spec in config.transforms):
+        yield Problem("adapters are trained with AdamW, and nothing would be left for Muon", "optimizer.name", "muon")
+    if optimizer.name == "adamw_bf16":
+        for key in ("beta1", "beta2"):
+            value = getattr(optimizer, key)
+            if value > 1 - 2**-8:
+                message = f"a moment in bfloat16 rounds a decay this slow away and never falls: at most {1 - 2**-8:.4f}"
+                yield Problem(message, f"optimizer.{key}", value)
 
 
 def length_problems(config: Config, shape: LlamaShape) -> Iterator[Problem]:

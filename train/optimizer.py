@@ -1,16 +1,20 @@
-"""AdamW, and the learning rate as a pure function of the step."""
+"""The optimizers, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from parallel.init import ADAPTERS
 from parallel.names import named_parameters
 from train.config import OptimizerConfig, ScheduleConfig
+from train.muon import ADJUST_LR, MuonWithAdamW
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -18,19 +22,48 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name != "model.embed_tokens.weight"
 
 
-def build_optimizer(parts: Sequence[nn.Module], config: OptimizerConfig) -> Optimizer:
-    """Fused AdamW with two groups: with and without weight decay. The rate is a tensor-free number set every step.
+def orthogonalised(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon updates it: the blocks' matrices. Embedding, head, norms and adapters are AdamW's."""
+    return parameter.ndim == 2 and name.startswith("model.layers.") and not name.endswith(ADAPTERS)
 
-    Frozen parameters are left out.
+
+def build_optimizer(parts: Sequence[nn.Module], config: OptimizerConfig, compiled: bool = True) -> Optimizer:
+    """The configured optimizer over all trained parameters, with and without weight decay in separate groups.
+
+    The rate is a plain number in every group, set every step; one rate serves all groups.
+
+    Args:
+        compiled: compile the steps of the low-bit optimizers; the others are torch's own kernels.
     """
     parameters = [(name, p) for name, p in named_parameters(*parts) if p.requires_grad]
+    matrices = [(name, p) for name, p in parameters if config.name == "muon" and orthogonalised(name, p)]
+    taken = {name for name, _ in matrices}
+    rest = _groups([(name, p) for name, p in parameters if name not in taken], config.weight_decay)
+    adam = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name in ("adamw_8bit", "adamw_bf16"):
+        from train import low_bit_adamw  # imports torchao, which takes a second
+
+        kind = low_bit_adamw.AdamW8bit if config.name == "adamw_8bit" else low_bit_adamw.AdamWBf16
+        return kind(rest, compiled=compiled, **adam)
+    adamw = torch.optim.AdamW(rest, fused=True, **adam)
+    if not matrices:
+        return adamw
+    muon = torch.optim.Muon(
+        _groups(matrices, config.weight_decay),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        adjust_lr_fn=ADJUST_LR,
+    )
+    return MuonWithAdamW(muon, adamw)
+
+
+def _groups(parameters: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": weight_decay},
         {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -70,3 +103,35 @@ def materialise_state(optimizer: Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
+
+
+def finiteness(optimizer: Optimizer) -> list[Tensor]:
+    """This process's tensors that are finite exactly if all moments are: the moments, or their scales if quantised."""
+    moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
+    return [moment.scale if is_quantised(moment) else moment for moment in moments]
+
+
+def is_quantised(moment: Tensor) -> bool:
+    """Whether a moment, or a shard of one, is of torchao's quantised kind."""
+    return hasattr(_local(moment), "codes")
+
+
+def plain_moment(moment: Tensor) -> Tensor:
+    """A moment as a checkpoint keeps it: itself, or a float32 copy of a quantised one, distributed as it is."""
+    if not is_quantised(moment):
+        return moment
+    from train.low_bit_adamw import like_parameter
+
+    return like_parameter(_local(moment).dequantize(), moment)
+
+
+def set_moment(moment: Tensor, plain: Tensor) -> None:
+    """Take over what a checkpoint holds; a moment that is not quantised is the same tensor and has it already."""
+    if is_quantised(moment):
+        from train.low_bit_adamw import requantise_
+
+        requantise_(_local(moment), _local(plain))
+
+
+def _local(tensor: Tensor) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
 """`newcompute plan`: what a configuration would run, computed from shapes alone; nothing is started or loaded.
 
-Memory is an estimate of what stays allocated: sharded float32 parameters, gradients and two AdamW moments; the gathered
+Memory is an estimate of what stays allocated: sharded float32 parameters, gradients and the optimizer's moments; the gathered
 copy in the compute type; activations kept for the backward of one micro-batch; logits and their gradient. The allocator
 and kernels need some more on top.
 """
@@ -55,6 +55,15 @@ def kept_per_token(shape: LlamaShape, mode: str) -> int:
     return products if mode == "selective" else products + 2 * shape.dim + shape.ffn_dim
 
 
+def moment_bytes(optimizer: str, shape: LlamaShape) -> float:
+    """Bytes of optimizer state per trained parameter, as a mean over the model."""
+    if optimizer == "muon":  # one moment for the blocks' matrices, two for the rest
+        matrices = shape.num_layers * (layer_parameters(shape) - 2 * shape.dim)
+        return 8 - 4 * matrices / num_parameters(shape, padded=True)
+    # 8 bits: two codes of one byte, and for each 256 of them a float32 scale. The few vectors, in float32, are left out.
+    return {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256), "adamw_bf16": 4}[optimizer]
+
+
 def plan_memory(
     config: Config, shape: LlamaShape, shard: int, data_size: int, compute_bytes: int, trained: int | None = None
 ) -> MemoryPlan:
@@ -65,6 +74,7 @@ def plan_memory(
     """
     training = config.training
     sharded = num_parameters(shape, padded=True) / shard
+    updated = sharded if trained is None else trained / shard
     rows = training.micro_batch_size or training.global_batch_size // data_size
     tokens = rows * training.sequence_length
     if config.parallel.reshard_after_forward:
@@ -76,8 +86,8 @@ def plan_memory(
     logit_bytes = 2 * compute_bytes if config.compile.enabled else 2 * compute_bytes + 8
     return MemoryPlan(
         parameters=4 * sharded,
-        gradients=4 * (sharded if trained is None else trained / shard),
-        optimizer=8 * (sharded if trained is None else trained / shard),
+        gradients=4 * updated,
+        optimizer=moment_bytes(config.optimizer.name, shape) * updated,
         gathered=compute_bytes * gathered,
         activations=compute_bytes
         * tokens
@@ -138,7 +148,7 @@ def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_si
     parts = [
         ("parameters, float32", memory.parameters),
         ("gradients, float32", memory.gradients),
-        ("AdamW moments", memory.optimizer),
+        (f"moments ({config.optimizer.name})", memory.optimizer),
         (f"gathered parameters, {'bfloat16' if compute_bytes == 2 else 'float32'}", memory.gathered),
         (f"activations ({config.activation_checkpointing.mode} checkpointing)", memory.activations),
         ("logits and their gradient", memory.logits),

@@ -34,7 +34,7 @@ from train.checkpoint import Checkpoints, Commit, check_model, find_checkpoint
 from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
-from train.optimizer import build_optimizer, learning_rate, materialise_state
+from train.optimizer import build_optimizer, finiteness, learning_rate, materialise_state
 from train.run_folder import RunFolder
 from train.tokenizer import Tokenizer
 from transforms.context import TRAINING, VALIDATION, places
@@ -90,7 +90,8 @@ class Trainer:
             from parallel.float8 import precompute_scales
 
             self.after_update = partial(precompute_scales, self.parts, mesh)
-        self.optimizer = build_optimizer(self.parts, config.optimizer)
+        compiled = config.compile.enabled and config.compile.backend == "inductor"
+        self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
         self.checkpoints = Checkpoints(
             self.folder.checkpoints, config.checkpoint.keep, self.parts, self.optimizer, mesh
         )
@@ -125,7 +126,7 @@ class Trainer:
             self.open_data(None)
             return None
         commit = Commit.read(path)
-        check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters)
+        check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters, config.optimizer.name)
         self.open_data((path, commit.data))
         self.step = commit.step
         materialise_state(self.optimizer)
@@ -306,7 +307,8 @@ class Trainer:
 
         def commit_in(folder: Path) -> Commit:
             state = self.data.save(self.batches, folder, self.mesh.data_rank)
-            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint, self.adapters)
+            name = self.config.optimizer.name
+            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint, self.adapters, name)
 
         path = self.checkpoints.save(self.step, commit_in)
         recorder.say(f"saved {path}")
@@ -326,8 +328,7 @@ class Trainer:
         Raises:
             NonFinite: on every rank, when a weight or optimizer moment is not finite.
         """
-        tensors = [p.detach() for p in self.parameters()]
-        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [p.detach() for p in self.parameters()] + finiteness(self.optimizer)
         local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         largest = torch._foreach_norm([t for t in local if t.numel()], ord=float("inf"))
         finite = torch.isfinite(torch.stack([value.to(self.mesh.device) for value in largest])).all()
