@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -105,21 +105,30 @@ class Noise:
 
         def both() -> tuple[AbstractContextManager, AbstractContextManager]:
             forward, recompute = contexts() if contexts else (nullcontext(), nullcontext())
-            return forward, self._restored(recompute)
+            return forward, _Restored(self, recompute)
 
         return both
 
-    def _restored(self, inner: AbstractContextManager) -> AbstractContextManager:
-        of_forward = (self.context, self.tokens, self.clean)
 
-        @contextmanager
-        def restored() -> Iterator[None]:
-            now = (self.context, self.tokens, self.clean)
-            self.context, self.tokens, self.clean = of_forward
-            try:
-                with inner:
-                    yield
-            finally:
-                self.context, self.tokens, self.clean = now
+class _Restored(AbstractContextManager):
+    """The context of one forward, for its recomputation; may be entered again (zero-bubble pipelines recompute twice)."""
 
-        return restored()
+    def __init__(self, noise: Noise, inner: AbstractContextManager):
+        self.noise, self.inner = noise, inner
+        self.of_forward = self._read()
+        self.outside: list[tuple[Tensor | None, Tensor | None, bool]] = []
+
+    def _read(self) -> tuple[Tensor | None, Tensor | None, bool]:
+        return self.noise.context, self.noise.tokens, self.noise.clean
+
+    def _write(self, values: tuple[Tensor | None, Tensor | None, bool]) -> None:
+        self.noise.context, self.noise.tokens, self.noise.clean = values
+
+    def __enter__(self) -> None:
+        self.outside.append(self._read())
+        self._write(self.of_forward)
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+        self._write(self.outside.pop())
