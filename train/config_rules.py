@@ -254,6 +254,14 @@ def _combinations(config: Config) -> Iterator[Problem]:
             yield Problem(
                 "this is the compiler's work: set compile.enabled", key, getattr(getattr(config, section), name)
             )
+    recomputes_twice = parallel.pipeline != 1 and parallel.pipeline_schedule in ("zero_bubble", "zbv")
+    if recomputes_twice and config.activation_checkpointing.mode == "selective" and not compiled:
+        yield Problem(
+            f"{parallel.pipeline_schedule} runs the backward in two parts, which this mode allows only compiled: set "
+            'compile.enabled, or mode = "full" or "none"',
+            "activation_checkpointing.mode",
+            "selective",
+        )
     if parallel.async_tensor and parallel.tensor == 1:
         yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
     if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):

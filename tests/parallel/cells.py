@@ -72,6 +72,8 @@ CELLS = [
     Cell("PP 2, interleaved 1f1b", 2, PIPELINE | {"parallel__pipeline_schedule": "interleaved_1f1b"}),
     Cell("PP 2, zero bubble", 2, ZERO_BUBBLE),
     Cell("PP 2, zbv", 2, PIPELINE | {"parallel__pipeline_schedule": "zbv"}),
+    Cell("PP 2, zero bubble, full checkpointing", 2, ZERO_BUBBLE | _checkpointed("full"), slow=True),
+    Cell("PP 2, zero bubble, compiled, selective", 2, ZERO_BUBBLE | AOT | _checkpointed("selective"), slow=True),
     Cell("PP 2, full checkpointing", 2, PIPELINE | _checkpointed("full"), slow=True),
     # Documents
     Cell("FSDP 2, documents", 2, _parallel(shard=2), DOCUMENTS),
