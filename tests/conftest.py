@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,17 @@ REAL_INPUTS = ROOT.parent / "shared" / "data"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here"))
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +64,26 @@ def run_here(tmp_path, text_corpus):
         return read_metrics(tmp_path / name)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def task_index():
+    """lm-eval reads its thousands of task files once for all tests, not once for every folder of further tasks."""
+    from lm_eval.tasks import _index
+
+    read, contents = _index.load_yaml, {}
+
+    def load_yaml(path, **how):
+        key = (path, *sorted(how.items()))
+        if not str(path).startswith(str(Path(_index.__file__).parent)):
+            return read(path, **how)
+        if key not in contents:
+            contents[key] = read(path, **how)
+        return copy.deepcopy(contents[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load_yaml)
+        yield
 
 
 @pytest.fixture

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +37,65 @@ def run_python(
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+# Imports (3 s for each of several processes that share two cores) are paid once. Nothing of the project is among them:
+# this process would find an installed copy of it before the checkout.
+_FORKS.set_forkserver_preload([
+    "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torchdata.stateful_dataloader", "pydantic", "tokenizers", "pyarrow.parquet", "rich.table",
+])  # fmt: skip
+
+
+def fork_script(logs: Path, *arguments: str, **environment: str) -> BaseProcess:
+    """Start a script in a process of its own that has torch imported already; it prints to `logs`.out and `logs`.err."""
+    process = _FORKS.Process(target=_run_script, args=(str(logs), arguments, environment))
+    process.start()
+    return process
+
+
+def _run_script(logs: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    for stream, name in ((1, f"{logs}.out"), (2, f"{logs}.err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    sys.argv = list(arguments)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def fork_python(
+    logs: Path, *arguments: str, check: bool = True, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess:
+    """`run_python` for tests that are about a run, not about its start: neither torchrun nor imports take their seconds.
+
+    Ranks have the variables that torchrun gives them, and like it the first one to fail ends the others.
+    """
+    ranks = [{}] if processes == 1 else [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        size = str(processes)
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    files = [logs / f"rank-{rank}" for rank in range(processes)]
+    started = [fork_script(file, *arguments, **environment, **rank) for file, rank in zip(files, ranks, strict=True)]
+    deadline = time.monotonic() + 300
+    try:
+        while any(process.is_alive() for process in started) and not any(process.exitcode for process in started):
+            assert time.monotonic() < deadline, f"{' '.join(arguments)} does not end"
+            time.sleep(0.01)
+        code = next((process.exitcode for process in started if process.exitcode), 0)
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+    out, err = (
+        "".join(file.with_suffix(end).read_text(encoding="utf-8") for file in files) for end in (".out", ".err")
+    )
+    if check and code != 0:
+        raise AssertionError(f"{' '.join(arguments)} exited {code}\n{out}\n{err}")
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def tiny_flags(run_dir: Path, corpus: Path, name: str = "run", **changes: object) -> list[str]:

@@ -10,7 +10,7 @@ from evals.held_out_task import write_task
 from launch.cli import main
 
 
-def test_a_local_task_runs_offline_and_lands_in_the_json(run_here, tmp_path, monkeypatch):
+def test_a_local_task_runs_offline_and_lands_in_the_json(run_here, task_index, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     run_here(training__stop_after=10)
     _, task = write_task(tmp_path / "run", tmp_path / "task", limit=1)

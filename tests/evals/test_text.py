@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from models.hf import HFWeights, shape_from_hf
 from models.llama import Llama
 from parallel.init import load_weights
 
+CHARACTERS = 30_000
+"""A part of a text: about 20 windows, the last one shorter."""
 
+
+@cache
 def transformers_perplexity(folder, text: str, context: int) -> float:
     """Non-overlapping windows, each scored by transformers' own shifted loss."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +38,7 @@ def transformers_perplexity(folder, text: str, context: int) -> float:
 
 
 @pytest.mark.parametrize(
-    "characters", [100_000, pytest.param(None, marks=pytest.mark.slow)], ids=["part", "whole file"]
+    "characters", [CHARACTERS, pytest.param(None, marks=pytest.mark.slow)], ids=["part", "whole file"]
 )
 def test_perplexity_of_the_pretrained_model_equals_transformers(real_inputs, tmp_path, capsys, characters):
     folder, file = real_inputs / "stories260K", tmp_path / "text.txt"
@@ -50,7 +55,7 @@ def test_perplexity_of_the_pretrained_model_equals_transformers(real_inputs, tmp
 
 def test_our_model_has_the_perplexity_that_transformers_has(real_inputs):
     folder = real_inputs / "stories260K"
-    text = (real_inputs / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")[:100_000]
+    text = (real_inputs / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")[:CHARACTERS]
     shape = shape_from_hf(folder)
     model = Llama(shape)
     load_weights([model], HFWeights(folder).read)
@@ -120,7 +125,7 @@ def test_bits_per_byte_of_a_run_follow_from_its_losses(run_here, tmp_path):
         ([], "nothing to evaluate"),
     ],
 )
-def test_bad_requests_are_refused(real_inputs, capsys, arguments, message):
+def test_bad_requests_are_refused(real_inputs, task_index, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(["eval", "--model", str(real_inputs / "stories260K"), *arguments])
     assert stopped.value.code == 2

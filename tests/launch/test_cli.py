@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, run_python, tiny_flags
+from support import ROOT, fork_python, run_python, tiny_flags
 
 from launch.cli import main
 
@@ -70,7 +70,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_ends_with_exit_code_2_and_a_message(name, tmp_path, text_corpus):
     flags, message = BAD_INPUTS[name]
-    done = run_python("train/main.py", *tiny_flags(tmp_path, text_corpus), *flags, check=False)
+    done = fork_python(tmp_path, "train/main.py", *tiny_flags(tmp_path, text_corpus), *flags, check=False)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -139,6 +139,6 @@ def test_a_process_that_fails_alone_says_so(tmp_path, text_corpus):
     flags = tiny_flags(
         tmp_path, text_corpus, data__paths=f'["{folder}/*.jsonl"]', data__streaming="true", validation__interval=0
     )
-    done = run_python("train/main.py", *flags, processes=2, check=False)
+    done = fork_python(tmp_path, "train/main.py", *flags, processes=2, check=False)
     assert done.returncode != 0
     assert "b.jsonl:1: expected a JSON object" in done.stderr

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, losses, read_metrics, tiny_flags
+from support import fork_python, fork_script, losses, read_metrics, tiny_flags
 
 from train.checkpoint import checkpoint_names, committed_steps, find_checkpoint, read_tensors
 from train.job import JobError
@@ -133,35 +130,29 @@ def kill_and_resume(tmp_path: Path, corpus: Path, kills: int, seed: int) -> None
     generator = random.Random(seed)
     flags = tiny_flags(tmp_path, corpus, "killed", **killed_settings(kills), checkpoint__interval=2, checkpoint__keep=3)
     folder = tmp_path / "killed" / "checkpoints"
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     latest = -1
     for kill in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "train/main.py", *flags], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
+        process = fork_script(tmp_path / "killed-run", "train/main.py", *flags)
         begin = len(committed_steps(folder))
         target = latest + 2 * generator.randint(1, 3)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             steps = committed_steps(folder)
             torn = [path for path in folder.glob("step-*") if not (path / "commit.json").exists()]
             if steps and max(steps) >= target and (torn or kill % 2):
                 break
             time.sleep(0.0005)
         time.sleep(generator.random() * 0.02)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "the run ended before it could be killed"
+        process.kill()
+        process.join()
         steps = committed_steps(folder)
         assert len(steps) >= min(begin, 1), "a committed checkpoint was lost"
         assert max(steps, default=-1) >= latest, "the run went back behind a committed step"
         latest = max(steps, default=-1)
         for path in steps.values():
             read_tensors(path, checkpoint_names(path))
-    done = subprocess.run(
-        [sys.executable, "train/main.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = fork_python(tmp_path, "train/main.py", *flags)
     assert f"resuming from {folder / f'step-{latest:08d}'}" in done.stdout
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny_flags
+from torch._dynamo import convert_frame
+from torch._dynamo.eval_frame import reset_code
+from torch._dynamo.pgo import reset_code_state
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -32,7 +35,12 @@ def mesh():
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    """Forget compiled blocks, not the golden functions, whose tracing takes a second for each variant."""
+    for seen in {*convert_frame.input_codes.seen, *convert_frame.output_codes.seen}:
+        code = seen()
+        if code is not None and code.co_name != "golden_compiled":
+            reset_code(code)
+    reset_code_state()
     counters.clear()
 
 
@@ -57,22 +65,31 @@ def forward(model, noise, step: int, first: int = 0, tokens=TOKENS):
     return model(tokens).square().mean()
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-def test_one_frame_for_24_layers_and_50_steps(mesh, tmp_path, text_corpus, monkeypatch, checkpointing):
+MANY = [pytest.param(mode, 24, 50, marks=pytest.mark.slow) for mode in ("none", "full", "selective")]
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "num_layers", "num_steps"), [("none", 24, 6), ("full", 4, 3), ("selective", 4, 3), *MANY]
+)
+def test_one_frame_for_all_layers_and_steps(
+    mesh, tmp_path, text_corpus, monkeypatch, checkpointing, num_layers, num_steps
+):
+    if num_layers == 24:
+        torch._dynamo.reset()  # also of golden functions: what an earlier test met must not count as compiled
     counter = CompileCounterWithBackend("aot_eager")
     block_compile = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: block_compile(self, fullgraph=True, backend=counter)
     )
     model, noise = build(
-        mesh, tmp_path, text_corpus, model__shape__num_layers=24, compile__enabled="true",
+        mesh, tmp_path, text_corpus, model__shape__num_layers=num_layers, compile__enabled="true",
         activation_checkpointing__mode=checkpointing,
     )  # fmt: skip
     forward(model, noise, 0).backward()
     # The first block's input needs a gradient as well: the embedding is trained.
     assert counter.frame_count == 1
     graphs = counters["stats"]["unique_graphs"]
-    for step in range(50 if checkpointing == "none" else 5):
+    for step in range(num_steps):
         for effect in noise._effects:
             effect.set_probabilities([p * 0.99 for p in effect.probabilities])
         forward(model, noise, step, first=2 * (step % 3)).backward()
@@ -84,8 +101,17 @@ def test_one_frame_for_24_layers_and_50_steps(mesh, tmp_path, text_corpus, monke
     assert counter.frame_count == 2, "one more frame without gradients"
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    ("checkpointing", "compiled"),
+    [
+        pytest.param("none", "false", id="none-eager"),
+        pytest.param("none", "true", id="none-compiled"),
+        pytest.param("full", "false", id="full-eager"),
+        pytest.param("full", "true", id="full-compiled"),
+        pytest.param("selective", "false", id="selective-eager"),
+        pytest.param("selective", "true", id="selective-compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_interleaved_forwards_and_backwards(mesh, tmp_path, text_corpus, checkpointing, compiled):
     model, noise = build(
         mesh, tmp_path, text_corpus, compile__enabled=compiled, compile__backend="aot_eager",

@@ -76,11 +76,19 @@ def test_first_step_equals_the_clean_model(base, text_corpus):
     assert last[0] != pytest.approx(last[1], abs=1e-4)
 
 
-def test_resumed_adapters_equal_the_uninterrupted_ones(base, text_corpus):
+LORA = '{ kind = "lora", rank = 4 }'
+
+
+@pytest.fixture(scope="module")
+def straight(base, text_corpus):
+    """A run with an adapter and noise, named in this order."""
+    adapt(base, text_corpus, "straight", f"[{LORA}, {NOISE}]", validation__interval=6)
+
+
+def test_resumed_adapters_equal_the_uninterrupted_ones(base, straight, text_corpus):
     from support import losses, read_metrics
 
-    spec = f'[{{ kind = "lora", rank = 4 }}, {NOISE}]'
-    adapt(base, text_corpus, "straight", spec, validation__interval=6)
+    spec = f"[{LORA}, {NOISE}]"
     adapt(base, text_corpus, "pieces", spec, validation__interval=6, training__stop_after=3)
     adapt(base, text_corpus, "pieces", spec, validation__interval=6)
     straight, pieces = (
@@ -89,13 +97,11 @@ def test_resumed_adapters_equal_the_uninterrupted_ones(base, text_corpus):
     assert straight == pieces
 
 
-def test_order_of_tables_does_not_matter(base, text_corpus):
+def test_order_of_tables_does_not_matter(base, straight, text_corpus):
     from support import read_metrics
 
-    lora = '{ kind = "lora", rank = 4 }'
-    adapt(base, text_corpus, "lora_first", f"[{lora}, {NOISE}]")
-    adapt(base, text_corpus, "noise_first", f"[{NOISE}, {lora}]")
-    one, other = ([row.get("loss") for row in read_metrics(base / name)] for name in ("lora_first", "noise_first"))
+    adapt(base, text_corpus, "noise_first", f"[{NOISE}, {LORA}]", validation__interval=6)
+    one, other = ([row.get("loss") for row in read_metrics(base / name)] for name in ("straight", "noise_first"))
     assert one == other
 
 
