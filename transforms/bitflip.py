@@ -241,15 +241,18 @@ def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tenso
     rows, place = _rows_and_place(code, value.contiguous())
     if code.of_weight:
         code = BitflipCode.placeless(text)
-    run = _compiled(code.text, None if code.of_weight else value.shape)
+    first, _, skips = place
+    kind = f"{'each row' if isinstance(first, Tensor) else first > 0} {skips is not None}"
+    run = _compiled(code.text, None if code.of_weight else value.shape, kind)
     return run(code, rows, table, context, tokens, *place).view(value.shape)
 
 
 @cache
-def _compiled(text: str, shape: torch.Size | None) -> Callable[..., Tensor]:
+def _compiled(text: str, shape: torch.Size | None, kind: str) -> Callable[..., Tensor]:
     """The golden function compiled for one code and shape, or any, as a function of its own: variants count by function.
 
-    Of inputs there are few shapes, each met often; weights have more, and are small. Their place is an argument.
+    Of inputs there are few shapes, each met often; weights have more, and are small. Their place is an argument, and its
+    `kind` what differs in the code for it.
     """
     own = FunctionType(_golden.__code__.replace(co_name="golden_compiled"), _golden.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=shape is None)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from record_flips import Recorder
+from record_flips import Flips, Recorder
 from support import ROOT, fork_python, quietly, read_metrics, tiny_flags
 
 from train.config_sources import load_config
@@ -43,17 +41,15 @@ def record(folder, corpus, name: str = "run", processes: int = 0, **changes):
     if processes:
         script = str(ROOT / "tests" / "transforms" / "record_flips.py")
         fork_python(folder, script, str(folder / "flips"), *flags, processes=processes)
-        flips: dict = {}
+        flips = Flips()
         for rank in range(processes):
-            part = json.loads((folder / f"flips-{rank}.json").read_text())
-            for where, digest in part.items():
-                assert flips.setdefault(where, digest) == digest, f"ranks disagree about {where}"
+            flips.merge(str(folder / f"flips-{rank}.pt"))
     else:
         with Recorder() as recorder:
             run_job(config)
         flips = recorder.flips
     rows = read_metrics(folder / name)
-    return flips, [*(row["loss"] for row in rows if "loss" in row), rows[-1]["val_loss"]]
+    return flips.digests(), [*(row["loss"] for row in rows if "loss" in row), rows[-1]["val_loss"]]
 
 
 def test_reference_covers_every_layer_step_and_row(reference):
@@ -98,8 +94,45 @@ def test_one_process(reference, tmp_path, text_corpus, changes):
         (2, {"parallel__shard": 2, "compile__enabled": "true", "parallel__reshard_after_forward": "true"}),
         (4, {"parallel__shard": 2, "parallel__replicate": 2, "activation_checkpointing__mode": "selective"}),
         pytest.param(4, {"parallel__shard": 4}, marks=pytest.mark.slow),
+        (2, {"parallel__tensor": 2}),
+        pytest.param(2, {"parallel__tensor": 2, "activation_checkpointing__mode": "full"}, marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            {"parallel__tensor": 2, "compile__enabled": "true", "compile__backend": "aot_eager"},
+            marks=pytest.mark.slow,
+        ),
+        (2, {"parallel__context": 2}),
+        (2, {"parallel__pipeline": 2, "training__micro_batch_size": 2}),
+        (
+            2,
+            {
+                "parallel__pipeline": 2,
+                "training__micro_batch_size": 4,
+                "activation_checkpointing__mode": "full",
+                "parallel__pipeline_schedule": "1f1b",
+            },
+        ),
+        (4, {"parallel__tensor": 2, "parallel__shard": 2, "training__micro_batch_size": 2}),
+        pytest.param(4, {"parallel__tensor": 2, "parallel__context": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            4, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__micro_batch_size": 4}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["FSDP 2", "FSDP 2 compiled", "HSDP 2 x 2", "FSDP 4"],
+    ids=[
+        "FSDP 2",
+        "FSDP 2 compiled",
+        "HSDP 2 x 2",
+        "FSDP 4",
+        "TP 2",
+        "TP 2 recomputed",
+        "TP 2 compiled",
+        "CP 2",
+        "PP 2",
+        "PP 2 recomputed",
+        "TP 2 x FSDP 2",
+        "TP 2 x CP 2",
+        "PP 2 x TP 2",
+    ],
 )
 def test_several_processes(reference, tmp_path, text_corpus, processes, changes):
     check(reference, record(tmp_path, text_corpus, processes=processes, **changes))
