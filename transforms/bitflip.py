@@ -244,7 +244,14 @@ def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tenso
     first, _, skips = place
     kind = f"{'each row' if isinstance(first, Tensor) else first > 0} {skips is not None}"
     run = _compiled(code.text, None if code.of_weight else value.shape, kind)
-    return run(code, rows, table, context, tokens, *place).view(value.shape)
+    # Called from a forward, a backward or neither: without this each would be compiled by itself. Shapes and shards add
+    # variants of their own, some for one number of chunks.
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD), torch._dynamo.config.patch(recompile_limit=64):
+        return run(code, rows, table, context, tokens, *place).view(value.shape)
+
+
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+_AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 @cache
