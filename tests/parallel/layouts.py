@@ -6,6 +6,7 @@ seconds): losses, initial weights, and every gradient of every step as a whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import select
@@ -31,7 +32,14 @@ class Record:
     losses: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    """Before a checkpoint is loaded."""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and moments after a checkpoint was loaded, if there was one."""
+    final: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and moments at the end."""
+    rows: dict[str, str] = field(default_factory=dict)
+    """A digest of each row by "step number", as it was trained on."""
 
 
 def flags(folder: Path, corpus: Path, name: str, **changes: object) -> list[str]:
@@ -61,7 +69,7 @@ def run(arguments: Sequence[str]) -> Record:
 
     record = Record()
     config = load_config([], arguments, world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    clip, resume = gradients.clip, trainer.Trainer.resume
+    clip, resume, train_step = gradients.clip, trainer.Trainer.resume, trainer.Trainer.train_step
     current: list[trainer.Trainer] = []
 
     def whole(tensor: Tensor) -> Tensor:
@@ -71,7 +79,22 @@ def run(arguments: Sequence[str]) -> Record:
     def noting_resume(self):
         current.append(self)
         record.weights = {name: whole(p) for name, p in named_parameters(*self.parts)}
-        return resume(self)
+        found = resume(self)
+        if found:
+            record.loaded = state()
+        return found
+
+    def state():
+        return {name: whole(tensor) for name, tensor in current[-1].checkpoints._state().items()}
+
+    def noting_step(self, rows):
+        for i, row in enumerate(rows):
+            digest = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+            record.rows[f"step {self.step + 1}, row {self.first_row() + i}"] = digest
+        found = train_step(self, rows)
+        if self.step + 1 == self.last_step:
+            record.final = state()
+        return found
 
     def noting_clip(parameters, *rest):
         names = {id(p): name for name, p in named_parameters(*current[-1].parts)}
@@ -79,11 +102,11 @@ def run(arguments: Sequence[str]) -> Record:
         record.gradients.append(found)
         return clip(parameters, *rest)
 
-    gradients.clip, trainer.Trainer.resume = noting_clip, noting_resume
+    gradients.clip, trainer.Trainer.resume, trainer.Trainer.train_step = noting_clip, noting_resume, noting_step
     try:
         run_job(config)
     finally:
-        gradients.clip, trainer.Trainer.resume = clip, resume
+        gradients.clip, trainer.Trainer.resume, trainer.Trainer.train_step = clip, resume, train_step
     rows = read_metrics(Path(config.run.dir) / config.run.name)
     record.losses = [row["loss"] for row in rows if "loss" in row]
     record.validation = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -136,6 +159,10 @@ class Pool:
             if rank == 0:  # which has written them
                 merged.losses, merged.validation = part.losses, part.validation
             merged.weights |= part.weights
+            merged.loaded |= part.loaded
+            merged.final |= part.final
+            for row, digest in part.rows.items():
+                assert merged.rows.setdefault(row, digest) == digest, f"ranks disagree about {row}"
             merged.gradients = merged.gradients or [{} for _ in part.gradients]
             for whole, some in zip(merged.gradients, part.gradients, strict=True):
                 for name, gradient in some.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cells import CELLS, Cell
-from layouts import Pool, Record, difference, flags, run
+from layouts import Record, difference, flags, run
 from support import quietly
 
 from train.config_sources import load_config
@@ -18,21 +18,6 @@ def folder(tmp_path_factory, text_corpus):
     for i, text in enumerate((text_corpus / "corpus.txt").read_text().split("\n\n")[:1000]):
         (folder / f"document-{i:04}.txt").write_text(text + "\n")
     return folder
-
-
-@pytest.fixture(scope="module")
-def pools(folder):
-    """Workers by their number, started when they are first needed."""
-    started: dict[int, Pool] = {}
-
-    def pool(size: int) -> Pool:
-        if size not in started or not started[size].alive:
-            started[size] = Pool(size, folder)
-        return started[size]
-
-    yield pool
-    for one in started.values():
-        one.close()
 
 
 @pytest.fixture(scope="module")
