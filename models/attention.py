@@ -68,17 +68,19 @@ def attention_mask(
     key_columns: Tensor,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    blocks: bool | None = None,
 ) -> Mask:
     """Which keys each query sees.
 
     Args:
         query_columns, key_columns: (T,) and (S,) int64, columns of the row at which queries and keys stand, in any order.
         query_documents, key_documents: (B, T) and (B, S), or None where rows are one document.
+        blocks: a block mask for FlexAttention; default on GPU (elsewhere it has no backward).
 
     Returns:
-        On GPU a block mask; elsewhere (B or 1, 1, T, S) bool.
+        The block mask, or (B or 1, 1, T, S) bool.
     """
-    if query_columns.is_cuda:
+    if query_columns.is_cuda if blocks is None else blocks:
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             earlier = key_columns[k] <= query_columns[q]

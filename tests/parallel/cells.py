@@ -112,6 +112,8 @@ CELLS = [
     Cell("PP 2 x FSDP 2", 4, PIPELINE | _parallel(shard=2)),
     Cell("PP 2 x FSDP 2, zero bubble", 4, ZERO_BUBBLE | _parallel(shard=2), slow=True),
     Cell("PP 4, 1f1b", 4, _parallel(pipeline=4) | {"training__micro_batch_size": 2}, slow=True),
+    # A vocabulary of 257, padded to 384: the fourth device has nothing but padding.
+    Cell("TP 4, vocabulary that does not divide", 4, _parallel(tensor=4), {"model__shape__num_kv_heads": 4}),
     Cell("CP 2 x FSDP 2", 4, _parallel(context=2, shard=2)),
     Cell("CP 4", 4, _parallel(context=4), slow=True),
     Cell("CP 2 x TP 2", 4, _parallel(context=2, tensor=2), slow=True),
