@@ -155,6 +155,17 @@ def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
     return path
 
 
+def write_documents(folder: Path) -> None:
+    """A corpus of many short documents, `document-*.txt`: the paragraphs of some standard modules."""
+    import argparse
+    import inspect
+    import typing
+
+    text = "\n".join(inspect.getsource(module) for module in (argparse, inspect, typing))
+    for i, paragraph in enumerate(text.split("\n\n")[:1000]):
+        (folder / f"document-{i:04}.txt").write_text(paragraph + "\n", encoding="utf-8")
+
+
 def quietly(config) -> list[Path]:
     """`prepare` without its messages."""
     from train.prepare import prepare

@@ -121,13 +121,26 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     import torch
 
     from models.llama import Llama
+    from parallel.float8_layers import choices
     from transforms.apply import TransformError, match
+
+    in_float8 = set()
+    if config.float8.recipe != "none":
+        in_float8 = {choice.name for choice in choices(shape, config.float8) if not choice.reason}
 
     with torch.device("meta"):
         model = Llama(shape, context=1)
     for i, spec in enumerate(config.transforms):
         try:
-            match(model, spec, i)
+            names = [name for name, _ in match(model, spec, i)]
+            both = sorted({end for name in names for end in in_float8 if name.endswith(end)})
+            if both:
+                yield Problem(
+                    f"{', '.join(both)} would run in float8, which bypasses the transform: name them in float8.skip, or set "
+                    'float8.recipe = "none"',
+                    f"transforms.{i}.modules",
+                    spec.modules or None,
+                )
         except TransformError as error:
             yield Problem(str(error), f"transforms.{i}.modules", spec.modules or None)
     loras = [i for i, spec in enumerate(config.transforms) if spec.kind == "lora"]

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "training.tokens_per_parameter",
     "training.stop_after",
     "training.micro_batch_size",
+    "training.loss_chunk_tokens",
     "parallel.",
     "compile.",
     "activation_checkpointing.",

@@ -107,7 +107,8 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
         found |= linear
     for name, module in found.items():
         kind = _base(module)
-        if kind is not nn.Linear and kind.__name__ != "Conv1D" and not hasattr(kind, "multiply"):
+        known = kind is nn.Linear or kind.__name__ == "Conv1D" or hasattr(kind, "multiply")
+        if not known or hasattr(module, "linear_mm_config"):  # float8, by torchao
             raise TransformError(
                 f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
             )

@@ -6,17 +6,16 @@ import pytest
 import torch
 from cells import CELLS, Cell
 from layouts import Record, difference, flags, run
-from support import quietly
+from support import quietly, write_documents
 
 from train.config_sources import load_config
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, text_corpus):
+def folder(tmp_path_factory):
     """Holds the runs and a corpus of many short documents."""
     folder = tmp_path_factory.mktemp("matrix")
-    for i, text in enumerate((text_corpus / "corpus.txt").read_text().split("\n\n")[:1000]):
-        (folder / f"document-{i:04}.txt").write_text(text + "\n")
+    write_documents(folder)
     return folder
 
 
