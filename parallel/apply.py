@@ -6,12 +6,14 @@ then sees as a whole, and FSDP's hooks stay outside the compiled region.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel import context, pipeline, tensor
@@ -55,6 +57,9 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
         context.split(model, mesh)
     if mesh.tensor.size() > 1:
         tensor.split(model, mesh.tensor)
+        if config.parallel.async_tensor and mesh.device.type == "cuda":
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 does it by itself
+                enable_symm_mem_for_group(mesh.tensor.get_group().group_name)
     if config.float8.recipe != "none":
         from parallel import float8  # torchao takes seconds to import
 

@@ -279,6 +279,8 @@ def _combinations(config: Config) -> Iterator[Problem]:
         yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
     if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):
         yield Problem("random tokens have no documents", "training.document_mask", True)
-    if parallel.tensor != 1 and any(spec.kind == "lora" for spec in config.transforms):
-        message = "adapters are not split over tensor-parallel devices: use parallel.shard"
-        yield Problem(message, "parallel.tensor", parallel.tensor)
+    adapters = any(spec.kind == "lora" for spec in config.transforms)
+    for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if adapters and degree != 1:
+            message = "adapters are small and are not split this way: use parallel.shard"
+            yield Problem(message, f"parallel.{name}", degree)

@@ -8,6 +8,7 @@ number on the device, read when a step is logged and before a checkpoint is writ
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -202,6 +203,8 @@ class Trainer:
         for i, micro_batch in enumerate(micro_batches):
             # Replicas exchange gradients once per step; shards already while accumulating, to keep gradients sharded.
             last = i == len(micro_batches) - 1
+            if self.config.compile.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last micro-batch left may be overwritten
             model.set_requires_all_reduce(last)
             model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_micro_batch)
             micro_loss = self.loss_sum(micro_batch, places[i]) / tokens
@@ -226,7 +229,8 @@ class Trainer:
         """Where the micro-batches of this device's rows stand, (n, 3); `first_row` counts rows of the global batch."""
         group_size = self.config.noise.group_size
         firsts = range(first_row, first_row + self.rows_per_step, self.micro_batch)
-        return places([(step, first // group_size if group_size else 0, first) for first in firsts], self.mesh.device)
+        device = self.mesh.device if self.noise is not None else torch.device("cpu")  # without effects nobody looks
+        return places([(step, first // group_size if group_size else 0, first) for first in firsts], device)
 
     def first_row(self) -> int:
         """Number in the global batch of this device's first row."""
@@ -279,9 +283,11 @@ class Trainer:
         if self.noise is not None:
             self.noise.enter(VALIDATION)
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        # A pipeline is filled with as many micro-batches as in training.
-        rows_each = self.rows_per_step if self.pipeline is not None else self.micro_batch
         size, rank = self.mesh.data_size, self.mesh.data_rank
+        rows_each = self.micro_batch
+        if self.pipeline is not None:  # filled with as many micro-batches as in training, where there are so many
+            needed = math.ceil(self.held_out.count / (size * self.micro_batch)) * self.micro_batch
+            rows_each = min(self.rows_per_step, needed)
         for i, rows in enumerate(validation_batches(self.held_out, self.config, rank, size, rows_each)):
             batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
             places = self.places(0, (i * size + rank) * rows_each)

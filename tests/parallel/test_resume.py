@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,17 @@ def test_resumed_on_another_layout(train, saved, straight, first, second):
     assert not before.rows.keys() & after.rows.keys()
     assert before.rows | after.rows == straight.rows
     assert len(straight.rows) == STEPS * 8
+
+
+def test_export_from_a_pipeline_of_split_matrices(saved, tmp_path):
+    """An export is made from the checkpoint alone: it has what the four devices held together."""
+    from safetensors.torch import load_file
+
+    from train.export import export, open_trained
+
+    record, folder = saved("PP 2 x TP 2")
+    export(open_trained(Path(folder)), tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == record.weights.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, record.final[name][: len(tensor)]), name

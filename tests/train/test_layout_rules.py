@@ -16,6 +16,7 @@ from transforms.specs import BitflipSpec, CellFaults
 # debug: 4 layers, 4 heads, 2 KV heads; vocabulary 2,048
 BASE = {"training.global_batch_size": 8, "training.sequence_length": 64}
 BITFLIP = '[{ kind = "bitflip", weight = { mantissa = 1e-4 } }]'
+LORA = '[{ kind = "lora" }]'
 
 
 def problems(world_size: int, **changes: object) -> list[str]:
@@ -66,6 +67,8 @@ def problems(world_size: int, **changes: object) -> list[str]:
         (4, {"parallel__tensor": 2, "parallel__replicate": 1}, "tensor 2 = 2 processes, but 4 are running"),
         (2, {"parallel__tensor": 2, "parallel__async_tensor": "true", "compile__enabled": "false"}, "compiler's work"),
         (2, {"parallel__async_tensor": "true"}, "there is no exchange to overlap"),
+        (2, {"parallel__tensor": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
+        (2, {"parallel__pipeline": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
         (1, {"compile__enabled": "false", "compile__cuda_graphs": "true"}, "the compiler's work: set compile.enabled"),
         (1, {"compile__enabled": "false", "activation_checkpointing__mode": "budget"}, "the compiler's work"),
         (1, {"training__document_mask": "true", "data__source": "random"}, "random tokens have no documents"),
