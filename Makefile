@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Processes of the quickstart; one thread each, so that they share the cores instead of fighting for them.
 PROCESSES ?= 2
+# Test processes, each of which starts up to four of one thread.
+WORKERS ?= 2
 
 .PHONY: train test test-all lint setup clean
 
@@ -19,10 +21,10 @@ train: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh $(PROCESSES)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

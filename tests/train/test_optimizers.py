@@ -53,24 +53,9 @@ def checkpoint_of(run: Path, step: int) -> dict[str, Tensor]:
 
 # Whole runs
 
-SEVERAL_JOBS = """
-import functools, json, sys
-sys.path.insert(0, ".")
-import torch.distributed as dist
-from parallel import mesh as meshes
-from train.config_sources import load_config
-from train.job import run_job
-
-meshes.start = functools.cache(meshes.start)  # one process group for all
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for flags in json.load(open(sys.argv[1])):
-    run_job(load_config([], flags, world_size=2))
-destroy()
-"""
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, text_corpus) -> Path:
+def runs(tmp_path_factory, text_corpus, pools) -> Path:
     """For each optimizer: `one` and `two` processes straight, and both continuing the other's checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("optimizers")
 
@@ -84,17 +69,11 @@ def runs(tmp_path_factory, text_corpus) -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
             run_job(config)
 
-    jobs = []
     for name in NAMES:
         here(flags(name, "one", 1))
-        jobs.append(flags(name, "two", 2))
+        pools(2).run(flags(name, "two", 2))
         step_10 = folder / f"{name}-one" / "checkpoints" / "step-00000010"
-        jobs.append(flags(name, "one-then-two", 2, checkpoint__resume=step_10))
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = folder / "jobs.py"
-    script.write_text(SEVERAL_JOBS)
-    run_python(str(script), str(folder / "jobs.json"), processes=2)
-    for name in NAMES:
+        pools(2).run(flags(name, "one-then-two", 2, checkpoint__resume=step_10))
         step_10 = folder / f"{name}-two" / "checkpoints" / "step-00000010"
         here(flags(name, "two-then-one", 1, checkpoint__resume=step_10))
     return folder
