@@ -137,7 +137,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    mesh = meshes.start(options.device, 1, 1)
+    mesh = meshes.start(options.device)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     else:

@@ -86,8 +86,9 @@ def precompute_scales(parts: Sequence[nn.Module], mesh: Mesh) -> None:
     if not wrapped:
         return
     largest = torch.stack([w._tensor.abs().amax() if w.numel() else w._tensor.new_zeros(()) for w in wrapped])
-    if mesh.parameters.size(1) > 1:
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.parameters.get_group(1))
+    group = mesh.parameters.get_group("shard")
+    if group.size() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
     dtype = layers[0].config.cast_config_weight.target_dtype
     scales = (torch.finfo(dtype).max / largest.clamp(min=1e-12).double()).float()
     for weight, scale in zip(wrapped, _round_scale_down_to_power_of_2(scales)):

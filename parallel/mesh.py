@@ -31,7 +31,8 @@ class Mesh:
     data_size: int
     """Replicate x shard."""
     parameters: DeviceMesh
-    """(replicate, shard x context): parameters are copied along the first axis and sharded along the second (FSDP2)."""
+    """(replicate, shard x context), or the second alone: parameters are copied along the first and sharded along the second
+    (FSDP2)."""
     tensor: DeviceMesh
     pipeline: DeviceMesh
     context_group: ProcessGroup | None
@@ -125,7 +126,8 @@ def build(device: torch.device, pipeline: int, replicate: int, shard: int, conte
         world_size,
         data_rank=place[1] * shard + place[2],
         data_size=replicate * shard,
-        parameters=whole["replicate", "shard"],
+        # Of one axis where nothing is copied: FSDP would sum gradients once more, over one process.
+        parameters=whole["shard"] if replicate == 1 else whole["replicate", "shard"],
         tensor=whole["tensor"],
         pipeline=whole["pipeline"],
         context_group=_group_along(grid, (3,), rank) if context > 1 else None,

@@ -207,6 +207,8 @@ class Trainer:
                 torch.compiler.cudagraph_mark_step_begin()  # what the last micro-batch left may be overwritten
             model.set_requires_all_reduce(last)
             model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_micro_batch)
+            # Weights that stay gathered between forward and backward stay so for the next micro-batch as well.
+            model.set_reshard_after_backward(last or self.config.parallel.reshard_after_forward)
             micro_loss = self.loss_sum(micro_batch, places[i]) / tokens
             micro_loss.backward()
             loss += micro_loss.detach()
