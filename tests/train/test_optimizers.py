@@ -294,6 +294,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_whole_matrices_on_any_layout(tmp_path):
     """Replicas, tensor-parallel rows and columns, uneven shards: within 2.2% (measured) of one process's update."""
     script = tmp_path / "layouts.py"
