@@ -124,7 +124,6 @@ class Pipeline:
         self.mesh, self.sequences, self.noise, self.micro_batch = mesh, sequences, noise, micro_batch
         self.parts, self.indices = parts, indices
         self.tokens: Tensor | None = None
-        self.losses: list[Tensor] = []
         self.is_v_shaped = config.parallel.pipeline_schedule == "zbv"
         self.num_stages = num_stages = mesh.pipeline.size() * len(parts)
         self.is_first, self.is_last = 0 in indices, num_stages - 1 in indices
@@ -201,24 +200,35 @@ class Pipeline:
         sent: list[Any] = []
         for part, index in zip(self.parts, self.indices):
             inputs, kept = kept, []
+            coming: list[tuple[Tensor, Any]] = []
             for i, micro_batch in enumerate(batches):
                 if index == 0:
                     hidden = micro_batch.tokens
                 elif self.owner(index - 1) == self.owner(index):
                     hidden = inputs[i]
                 else:
-                    hidden = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, device=self.mesh.device)
-                    dist.recv(hidden, group=group, group_src=self.owner(index - 1))
+                    # NCCL works off a device's sends and receives in their order. Where stages go round, a send that stood
+                    # before a later receive would wait for a device that waits for it: receives come first.
+                    ahead = len(batches) if len(self.parts) > 1 else i + 1
+                    coming += [self._receive(index, j) for j in range(len(coming), ahead)]
+                    hidden, work = coming[i]
+                    work.wait()
                 out = part(hidden, **self._told(micro_batch, places[i : i + 1]))
                 if index == self.num_stages - 1:
                     total += out.squeeze()
                 elif self.owner(index + 1) == self.owner(index):
                     kept.append(out)
                 else:
-                    sent.append((dist.isend(out, group=group, group_dst=self.owner(index + 1)), out))
+                    sent.append((dist.isend(out, group=group, group_dst=self.owner(index + 1), tag=i), out))
         for work, _ in sent:
             work.wait()
         return total
+
+    def _receive(self, index: int, micro_batch: int) -> tuple[Tensor, Any]:
+        """Begin to receive the hidden states of a micro-batch for a stage."""
+        hidden = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, device=self.mesh.device)
+        group, source = self.mesh.pipeline.get_group(), self.owner(index - 1)
+        return hidden, dist.irecv(hidden, group=group, group_src=source, tag=micro_batch)
 
     def owner(self, stage: int) -> int:
         """Rank along the pipeline of the device that holds a stage."""
