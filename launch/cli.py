@@ -20,6 +20,12 @@ CONFIG_COMMANDS = {
     "plan": "what a run would be, without running it: meshes, batches, parameters, FLOPs, memory, time",
     "prepare": "turn the configured text into token shards",
 }
+PLAN_OPTIONS = """  --world-size N      processes (default 1; with --suggest 8)
+  --suggest           search the layouts that fit, and rank them by estimated time
+  --gpu NAME          device to assume: h100 (default), h200, a100, b200
+  --gpu-memory GIB    its memory (default: that of the device)
+  --mfu X             share of its peak that arithmetic reaches (default 0.4)
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -165,20 +171,20 @@ def _temperature(text: str) -> float:
 
 def _config_command(command: str, arguments: list[str]) -> None:
     """`plan` and `prepare` take the same files and flags as a training run."""
-    extra = {"plan": "  --world-size N   processes (default 1)\n  --mfu X   assumed (default 0.4)\n"}
+    extra = {"plan": PLAN_OPTIONS}
     if "--help" in arguments or "-h" in arguments:
         print(
             f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}"
         )
         print(help_text())
         return
-    known = ("--world-size", "--mfu") if command == "plan" else ()
-    files, options, flags = split_arguments(arguments, known)
     if command == "plan":
-        from train.plan import print_plan
+        from train.plan import OPTIONS, print_plan
 
-        print_plan(files, flags, options)
+        files, options, flags = split_arguments([a for a in arguments if a != "--suggest"], OPTIONS)
+        print_plan(files, flags, options, suggesting="--suggest" in arguments)
         return
+    files, _, flags = split_arguments(arguments)
     config = load_config(files, flags)
     from train.prepare import prepare
 

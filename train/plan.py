@@ -1,159 +1,291 @@
 """`newcompute plan`: what a configuration would run, computed from shapes alone; nothing is started or loaded.
 
-Memory is an estimate of what stays allocated: sharded float32 parameters, gradients and the optimizer's moments; the gathered
-copy in the compute type; activations kept for the backward of one micro-batch; logits and their gradient. The allocator
-and kernels need some more on top.
+Memory is counted in train/plan_memory.py, time estimated in train/plan_time.py, and `--suggest` is train/plan_search.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from models.hf import shape_from_hf
 from models.sizes import (
     FLOPS_FORMULA,
     LlamaShape,
     flops_per_token,
-    layer_parameters,
     num_parameters,
     num_parameters_without_embedding,
-    peak_flops,
 )
-from parallel.degrees import resolve_degrees, rows_per_micro_batch
+from parallel.degrees import resolve_degrees
+from parallel.float8_layers import choices
 from train.config import Config, named_shape, total_steps
-from train.config_rules import length_problems
+from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError, Problem, load_config
 from train.corpus import DataError
+from train.plan_memory import GIB, MemoryPlan, block_bytes, plan_memory
+from train.plan_search import USABLE, Candidate, least_memory, smallest_world, suggest
+from train.plan_setup import Setup
+from train.plan_time import GPUS, NETWORK, NODE, Gpu, TimePlan, extra_share, plan_time
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes per device."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return sum((self.parameters, self.gradients, self.optimizer, self.gathered, self.activations, self.logits))
+OPTIONS = ("--world-size", "--mfu", "--gpu", "--gpu-memory")
+SUGGESTIONS = 5
 
 
-def kept_per_token(shape: LlamaShape, mode: str) -> int:
-    """Numbers that one block keeps per token for its backward, under an activation-checkpointing mode."""
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    if mode == "full":
-        return shape.dim
-    products = 3 * shape.dim + 2 * queries + 2 * keys + 2 * shape.ffn_dim
-    # Without recomputation both normalised inputs and the SwiGLU product are kept as well.
-    return products if mode == "selective" else products + 2 * shape.dim + shape.ffn_dim
-
-
-def moment_bytes(optimizer: str, shape: LlamaShape) -> float:
-    """Bytes of optimizer state per trained parameter, as a mean over the model."""
-    if optimizer == "muon":  # one moment for the blocks' matrices, two for the rest
-        matrices = shape.num_layers * (layer_parameters(shape) - 2 * shape.dim)
-        return 8 - 4 * matrices / num_parameters(shape, padded=True)
-    # 8 bits: two codes of one byte, and for each 256 of them a float32 scale. The few vectors, in float32, are left out.
-    return {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256), "adamw_bf16": 4}[optimizer]
-
-
-def plan_memory(
-    config: Config, shape: LlamaShape, shard: int, data_size: int, compute_bytes: int, trained: int | None = None
-) -> MemoryPlan:
-    """Estimated memory per device for `shard`-way sharding among `data_size` data-parallel processes.
-
-    Args:
-        trained: parameters that are trained where it is not all of them.
-    """
-    training = config.training
-    sharded = num_parameters(shape, padded=True) / shard
-    updated = sharded if trained is None else trained / shard
-    rows = training.micro_batch_size or training.global_batch_size // data_size
-    tokens = rows * training.sequence_length
-    if config.parallel.reshard_after_forward:
-        # Two blocks at a time (one computing, one being gathered), the embedding, and the head.
-        vocabulary = shape.padded_vocab_size * shape.dim * (1 if shape.tied_embeddings else 2)
-        gathered = vocabulary + 2 * layer_parameters(shape)
-    else:
-        gathered = num_parameters(shape, padded=True)
-    logit_bytes = 2 * compute_bytes if config.compile.enabled else 2 * compute_bytes + 8
-    return MemoryPlan(
-        parameters=4 * sharded,
-        gradients=4 * updated,
-        optimizer=moment_bytes(config.optimizer.name, shape) * updated,
-        gathered=compute_bytes * gathered,
-        activations=compute_bytes
-        * tokens
-        * kept_per_token(shape, config.activation_checkpointing.mode)
-        * shape.num_layers,
-        logits=tokens * shape.padded_vocab_size * logit_bytes,
-    )
-
-
-def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, str]) -> None:
-    """Print the plan of a command line.
+def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, str], suggesting: bool = False) -> None:
+    """Print the plan of a command line, or with `suggesting` the layouts that would suit it.
 
     Raises:
         ConfigError: the configuration, or an option, is not valid.
     """
-    world_size = _number(options, "--world-size", 1, int)
+    world_size = _number(options, "--world-size", NODE if suggesting else 1, int)
     mfu = _number(options, "--mfu", 0.4, float)
-    config = load_config(files, flags, world_size)
+    gpu = _gpu(options)
+    config = load_config(files, flags, None if suggesting else world_size)
     shape, vocabulary_note = _shape(config)
     problems = list(length_problems(config, shape))
+    if not suggesting:
+        problems += layout_problems(config, shape, resolve_degrees(config, world_size))
     if problems:
         raise ConfigError(problems)
-    print("\n".join(plan_lines(config, shape, vocabulary_note, world_size, mfu)))
+    if suggesting:
+        print("\n".join(suggestion_lines(config, shape, world_size, gpu, mfu)))
+    else:
+        print("\n".join(plan_lines(config, shape, vocabulary_note, world_size, mfu, gpu)))
 
 
-def plan_lines(config: Config, shape: LlamaShape, vocabulary_note: str, world_size: int, mfu: float) -> list[str]:
+def plan_lines(
+    config: Config, shape: LlamaShape, vocabulary_note: str, world_size: int, mfu: float, gpu: Gpu = GPUS["h100"]
+) -> list[str]:
     """The plan as lines of text."""
     training = config.training
     degrees = resolve_degrees(config, world_size)
-    shard = degrees.shard
     steps, tokens_per_step = total_steps(config, shape), config.tokens_per_step
-    rows = rows_per_micro_batch(config, degrees)
-    accumulation = training.global_batch_size // (rows * world_size)
     counted = num_parameters_without_embedding(shape)
     flops = flops_per_token(shape, training.sequence_length)
-    on_gpu = config.run.device != "cpu"
-    compute_bytes = 4 if config.precision.compute == "float32" or not on_gpu else 2
     transform_lines, trained = _transforms(config, shape)
-    memory = plan_memory(config, shape, shard, world_size, compute_bytes, trained)
-    peak = peak_flops("H100") or 0.0
-    seconds = steps * tokens_per_step * flops / (world_size * mfu * peak)
-    lines = [
+    setup = Setup.of(config, shape, degrees, trained)
+    memory, time = plan_memory(setup), plan_time(setup, gpu, mfu)
+    return [
         f"run          {config.run.dir}/{config.run.name}",
         f"model        {config.model.name} {config.model.size or config.model.init_from or 'default size'}: dim {shape.dim}, "
         f"{shape.num_layers} layers, {shape.num_heads} heads, {shape.num_kv_heads} KV heads, FFN {shape.ffn_dim}",
         f"vocabulary   {shape.vocab_size:,}{vocabulary_note}",
         f"parameters   {num_parameters(shape):,}; without input embedding {counted:,}",
         f"mesh         {world_size} processes = {degrees}",
+        *_pipeline_lines(setup),
         f"step         {training.global_batch_size} rows x {training.sequence_length} = {tokens_per_step:,} tokens; "
-        f"{accumulation} micro-batches of {rows} rows per process",
+        f"{setup.micro_batches} micro-batches of {setup.rows} rows per process",
         f"length       {steps:,} steps = {steps * tokens_per_step:,} tokens = "
         f"{steps * tokens_per_step / counted:.1f} per parameter",
         f"compute      {flops:,} FLOPs per token ({FLOPS_FORMULA}); {steps * tokens_per_step * flops:.3e} in all",
-        f"time         {_duration(seconds)} on {world_size} H100 at an assumed MFU of {mfu:.0%} (of {peak / 1e12:.0f} TFLOP/s)",
+        *_float8_lines(config, shape, setup, gpu),
         *transform_lines,
-        f"memory       {_size(memory.total).strip()} per device (estimate), of which",
+        *_memory_lines(setup, memory, gpu),
+        *_checkpointing_lines(setup, gpu, mfu),
+        *_time_lines(setup, time, gpu, mfu, steps),
     ]
+
+
+def _pipeline_lines(setup: Setup) -> Iterator[str]:
+    if setup.degrees.pipeline == 1:
+        return
+    layers = ", ".join("+".join(str(stage.layers) for stage in stages) for stages in setup.stages())
+    yield f"pipeline     {setup.schedule}: layers of each device {layers}"
+    if setup.schedule in ("zero_bubble", "zbv") and setup.compiled:
+        yield f"{'':12} compiled blocks run their whole backward twice under {setup.schedule}: 1f1b or interleaved_1f1b is faster"
+
+
+def _float8_lines(config: Config, shape: LlamaShape, setup: Setup, gpu: Gpu) -> Iterator[str]:
+    recipe = config.float8.recipe
+    if recipe == "none":
+        return
+    plans = list(choices(shape, config.float8, setup.degrees.tensor))
+    taken = [choice.name for choice in plans if not choice.reason]
+    share = plan_time(setup, replace(gpu, has_float8=True), 1.0).float8_share
+    yield f"float8       {recipe}, {share:.0%} of the FLOPs: {', '.join(taken) if taken else 'no layer'}"
+    for choice in plans:
+        if choice.reason:
+            yield f"{'':12} not {choice.name} ({choice.out_features} x {choice.in_features}): {choice.reason}"
+    yield f"{'':12} not lm_head: its errors go straight into the loss"
+    if not gpu.has_float8:
+        yield f"{'':12} an {gpu.name} has no float8 products: they would be emulated, and slower"
+
+
+def _memory_lines(setup: Setup, memory: MemoryPlan, gpu: Gpu) -> Iterator[str]:
+    width = "bfloat16" if setup.compute_bytes == 2 else "float32"
+    where = ""
+    if setup.degrees.pipeline > 1:
+        where = f" on the fullest device of the pipeline ({memory.rank + 1} of {setup.degrees.pipeline})"
+    fits = "fits" if memory.total <= USABLE * gpu.memory_gib * GIB else "DOES NOT FIT"
+    yield (
+        f"memory       {_size(memory.total).strip()} per device{where} (estimate); {fits} {gpu.memory_gib:g} GiB with "
+        f"{1 - USABLE:.0%} to spare; of which"
+    )
     parts = [
         ("parameters, float32", memory.parameters),
         ("gradients, float32", memory.gradients),
-        (f"moments ({config.optimizer.name})", memory.optimizer),
-        (f"gathered parameters, {'bfloat16' if compute_bytes == 2 else 'float32'}", memory.gathered),
-        (f"activations ({config.activation_checkpointing.mode} checkpointing)", memory.activations),
-        ("logits and their gradient", memory.logits),
+        (f"moments ({setup.optimizer})", memory.optimizer),
+        (f"gathered parameters, {width}", memory.gathered),
+        ("whole gradients, until they are reduced once per step", memory.accumulated),
+        ("the gradient that is being reduced", memory.reduced),
+        (_activation_label(setup, memory), memory.activations),
+        ("the block whose backward runs", memory.working),
+        (_logit_label(setup), memory.logits),
     ]
-    return lines + [f"             {_size(size)}  {label}" for label, size in parts]
+    for label, size in parts:
+        if size:
+            yield f"{'':12} {_size(size)}  {label}"
+    if memory.host:
+        yield f"{'':12} {_size(memory.host)}  in host memory per process: parameters, gradients and moments"
+
+
+def _uncompilable(setup: Setup) -> bool:
+    """What torch 2.13.0 fails to compile: recomputation of what a tensor-parallel layer does with its weight."""
+    partly = setup.mode == "budget" and 0 < setup.budget < 1
+    return setup.compiled and setup.degrees.tensor > 1 and (setup.mode == "full" or partly)
+
+
+def _activation_label(setup: Setup, memory: MemoryPlan) -> str:
+    label = f"activations ({setup.mode} checkpointing)"
+    if setup.degrees.pipeline > 1:
+        label += f", {memory.in_flight} micro-batches of a stage in flight ({setup.schedule})"
+    return label
+
+
+def _logit_label(setup: Setup) -> str:
+    label = "logits, their gradient and the last hidden states"
+    if setup.degrees.tensor > 1:
+        label += f", 1/{setup.degrees.tensor} of the vocabulary"
+    if setup.chunk_tokens and setup.chunk_tokens < setup.tokens:
+        label += f", {setup.chunk_tokens} tokens at a time"
+    return label
+
+
+def _checkpointing_lines(setup: Setup, gpu: Gpu, mfu: float) -> Iterator[str]:
+    """What each mode would keep and compute again."""
+    if _uncompilable(setup):
+        yield (
+            f"{'':12} torch 2.13.0 fails to compile mode = {setup.mode} with tensor parallelism: take selective, or "
+            "budget with budget = 0.0, which keeps what full keeps"
+        )
+    yield "blocks keep  per token and block    per device    computed again    memory      step (estimates; * is chosen)"
+    for mode in ("none", "selective", "full", "budget"):
+        if mode == "budget" and setup.mode != mode:
+            continue  # any share between full and none
+        other = replace(setup, mode=mode)
+        memory, time = plan_memory(other), plan_time(other, gpu, mfu)
+        kept = block_bytes(other, mode) / (setup.tokens * 1024)
+        name = f"budget {setup.budget:g}" if mode == "budget" else mode
+        yield (
+            f"           {'*' if mode == setup.mode else ' '} {name:12} {kept:8.1f} KiB  {_size(memory.activations)}  "
+            f"{extra_share(other, mode):8.1%} of FLOPs  {_size(memory.total)}  {time.total:.3g} s"
+        )
+
+
+def _time_lines(setup: Setup, time: TimePlan, gpu: Gpu, mfu: float, steps: int) -> Iterator[str]:
+    yield (
+        f"time         {_duration(time.total * steps)} on {setup.world_size} {gpu.name} (estimate); a step "
+        f"{time.total:.3g} s, {time.tokens_per_second:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}; of which"
+    )
+    yield (
+        f"{'':12} {time.arithmetic:8.3g} s  forward and backward at an assumed {mfu:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s"
+        + (f", {time.float8_share:.0%} of it float8" if time.float8_share else "")
+    )
+    if time.recomputed:
+        yield f"{'':12} {time.recomputed:8.3g} s  what is computed again"
+    if setup.degrees.pipeline > 1:
+        yield (
+            f"{'':12} {time.bubble:8.3g} s  gaps of the pipeline ({setup.schedule}: "
+            f"{time.bubble / (time.total or 1):.1%} of the step)"
+        )
+    yield f"{'':12} {time.shown:8.3g} s  traffic that arithmetic does not hide"
+    if not time.exchanges:
+        return
+    yield (
+        f"traffic      per step and device, at least; assumed: NVLink {gpu.nvlink / 1e9:g} GB/s within {NODE} GPUs, "
+        f"network {NETWORK / 1e9:g} GB/s per GPU"
+    )
+    for exchange in time.exchanges:
+        how = ", beside arithmetic" if exchange.hidden else ""
+        yield (
+            f"{'':12} {_size(exchange.size)}  {exchange.seconds:8.3g} s  {exchange.name} "
+            f"({exchange.link}, {exchange.rate / 1e9:g} GB/s{how})"
+        )
+
+
+def suggestion_lines(config: Config, shape: LlamaShape, world_size: int, gpu: Gpu, mfu: float) -> list[str]:
+    """The best layouts as a table, and the first as TOML; or why there is none."""
+    trained = _transforms(config, shape)[1]
+    found = suggest(config, shape, world_size, gpu, mfu, trained)
+    where = f"{world_size} x {gpu.name} with {gpu.memory_gib:g} GiB"
+    if not found:
+        return _nothing_fits(config, shape, world_size, gpu, where, trained)
+    lines = [
+        f"layouts of {num_parameters(shape) / 1e9:.3g}B parameters for {where}, {config.training.global_batch_size} rows of "
+        f"{config.training.sequence_length} tokens per step: {len(found)} fit {USABLE:.0%} of the memory",
+        f"(estimates, at an assumed {mfu:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s; times within 2% count as equal, and the "
+        "simpler layout comes first)",
+        "",
+        "        memory        step   tokens/s/GPU   layout",
+    ]
+    for i, candidate in enumerate(found[:SUGGESTIONS], 1):
+        time = candidate.time
+        lines.append(
+            f"  {i}  {_size(candidate.memory.total)}  {time.total:8.3g} s  {time.tokens_per_second:12,.0f}   "
+            f"{_described(candidate)}"
+        )
+    return [*lines, "", "The first as TOML:", "", *_toml(candidate_changes=found[0].changes())]
+
+
+def _described(candidate: Candidate) -> str:
+    setup = candidate.setup
+    parts = [str(setup.degrees)]
+    if setup.degrees.pipeline > 1:
+        parts.append(setup.schedule)
+    mode = f"budget {setup.budget:g}" if setup.mode == "budget" else setup.mode
+    parts += [f"micro-batch {setup.rows}", f"checkpointing {mode}"]
+    if setup.reshard:
+        parts.append("reshard after forward")
+    return ", ".join(parts)
+
+
+def _toml(candidate_changes: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for section, values in candidate_changes.items():
+        yield f"[{section}]"
+        for key, value in values.items():
+            yield f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}".replace("'", '"')
+        yield ""
+
+
+def _nothing_fits(
+    config: Config, shape: LlamaShape, world_size: int, gpu: Gpu, where: str, trained: int | None
+) -> list[str]:
+    least = least_memory(config, shape, world_size, gpu, trained)
+    smallest = smallest_world(config, shape, gpu, trained)
+    lines = [f"nothing fits {where}:"]
+    if least == float("inf"):
+        lines.append(
+            f"  no layout divides {config.training.global_batch_size} rows and this model among {world_size} GPUs; try "
+            "another training.global_batch_size, or a number of GPUs that is a power of two"
+        )
+    else:
+        lines.append(
+            f"  the layout that needs least takes {_size(least).strip()} per GPU (estimate), and "
+            f"{USABLE * gpu.memory_gib:g} GiB may be used ({USABLE:.0%})"
+        )
+    if smallest is None:
+        lines.append("  no power of two of GPUs fits either: a larger --gpu-memory, or a larger global batch")
+    else:
+        lines.append(f"  the smallest power of two of such GPUs that fits is {smallest}")
+    return lines
+
+
+def _gpu(options: dict[str, str]) -> Gpu:
+    name = options.get("--gpu", "h100").lower()
+    if name not in GPUS:
+        raise ConfigError([Problem(f"expected one of {', '.join(GPUS)}", origin=f"--gpu {name}")])
+    gpu = GPUS[name]
+    return replace(gpu, memory_gib=_number(options, "--gpu-memory", gpu.memory_gib, float))
 
 
 def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | None]:
@@ -178,6 +310,7 @@ def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | Non
 def _shape(config: Config) -> tuple[LlamaShape, str]:
     """The shape of a run, and a note where its vocabulary is not the tokenizer's (which may not be here)."""
     if config.model.init_from:
+        from models.hf import shape_from_hf
         from train.job import hf_folder
 
         return shape_from_hf(hf_folder(config.model.init_from.removeprefix("hf:"))), ""

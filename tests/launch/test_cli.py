@@ -30,13 +30,48 @@ def test_plan_shows_the_published_arithmetic(capsys):
     out = capsys.readouterr().out
     assert "7,075 steps" in out
     assert "82,101,120; without input embedding 63,226,752" in out
-    assert "replicate 8 x shard 1" in out
+    assert "8 processes = replicate 8" in out
+
+
+GPUS_OF = {"llama3_70b": 64, "llama3_405b": 512}
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_configuration_plans_on_a_node_of_eight(config, capsys):
-    main(["plan", "--config", str(config), "--world-size", "8"])
-    assert "iB per device" in capsys.readouterr().out
+def test_every_configuration_plans_and_fits(config, capsys):
+    main(["plan", "--config", str(config), "--world-size", str(GPUS_OF.get(config.stem, 8))])
+    out = capsys.readouterr().out
+    assert "iB per device" in out
+    assert "(estimate); fits 80 GiB" in out
+
+
+def test_a_plan_with_assumptions_of_its_own(capsys):
+    main(
+        [
+            "plan",
+            "--config",
+            str(ROOT / "configs" / "llama3_8b.toml"),
+            "--world-size",
+            "8",
+            "--gpu",
+            "a100",
+            "--gpu-memory",
+            "40",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT 40 GiB" in out
+    assert "on 8 A100 (estimate)" in out
+    assert "of 312 TFLOP/s" in out
+
+
+def test_suggestions_are_a_table_and_toml(capsys, tmp_path):
+    config = str(ROOT / "configs" / "llama3_8b.toml")
+    main(["plan", "--suggest", "--config", config])
+    out = capsys.readouterr().out
+    assert "for 8 x H100 with 80 GiB" in out
+    (tmp_path / "layout.toml").write_text(out.partition("as TOML:")[2])
+    main(["plan", "--config", config, "--config", str(tmp_path / "layout.toml"), "--world-size", "8"])
+    assert "(estimate); fits 80 GiB" in capsys.readouterr().out
 
 
 BAD_INPUTS = {
@@ -98,6 +133,8 @@ def test_empty_text_file_is_named(tmp_path, capsys):
     [
         (["plan", "--mfu", "7"], "expected a share above 0 and at most 1"),
         (["plan", "--world-size", "0"], "expected a positive number"),
+        (["plan", "--gpu", "tpu"], "expected one of h100, h200, a100, b200"),
+        (["plan", "--gpu-memory", "-1"], "expected a positive number"),
         (
             ["plan", "--model.init_from", "hf:{inputs}/stories260K", "--training.sequence_length", "999"],
             "context of 512",
