@@ -23,19 +23,21 @@ from models.sizes import LlamaShape
 TENSOR_PARALLEL_PLAN = {
     "model.embed_tokens": "vocabulary",
     "input_layernorm": "sequence",
+    "self_attn": "gathered",
     "self_attn.q_proj": "columns",
     "self_attn.k_proj": "columns",
     "self_attn.v_proj": "columns",
     "self_attn.o_proj": "rows",
     "post_attention_layernorm": "sequence",
+    "mlp": "gathered",
     "mlp.gate_proj": "columns",
     "mlp.up_proj": "columns",
     "mlp.down_proj": "rows",
     "model.norm": "sequence",
     "lm_head": "vocabulary",
 }
-"""How each module with parameters, by the end of its name, is spread over tensor-parallel devices (parallel/tensor.py):
-outputs of a matrix ("columns") and then its partner's inputs ("rows"), so that a pair needs one exchange; between pairs
+"""How each module, by the end of its name, is spread over tensor-parallel devices (parallel/tensor.py): outputs of a matrix
+("columns") and then its partner's inputs ("rows"), so that a pair needs one exchange before and one after; between pairs
 the residual stream is split along the sequence."""
 
 

@@ -74,10 +74,7 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
     if mesh.pipeline.size() > 1:
         parts, stages = _stages(model, config, mesh)
     for part in parts:
-        eager = None if config.compile.enabled else noise
-        apply_activation_checkpointing(part, config.activation_checkpointing, eager)
-        if config.compile.enabled:
-            compile_parts(part, config)
+        checkpoint_and_compile(part, config, mesh, noise)
         shard(part, config, mesh)
     return Parallel(parts, stages, noise)
 
@@ -91,6 +88,20 @@ def _stages(model: Llama, config: Config, mesh: Mesh) -> tuple[list[Llama], list
     return [pipeline.cut(model, layers[i], i == 0, i == len(layers) - 1) for i in mine], mine
 
 
+def checkpoint_and_compile(model: Llama, config: Config, mesh: Mesh, noise: Noise | None) -> None:
+    """Activation checkpointing inside the compiled blocks, where the compiler sees what the backward really needs.
+
+    But for `full` with tensor parallelism, which goes around them: torch 2.13.0 fails to save a DTensor's mesh.
+    """
+    checkpointing, compiled = config.activation_checkpointing, config.compile.enabled
+    around = compiled and checkpointing.mode == "full" and mesh.tensor.size() > 1
+    if around:
+        compile_parts(model, config)
+    apply_activation_checkpointing(model, checkpointing, noise if around or not compiled else None)
+    if compiled and not around:
+        compile_parts(model, config)
+
+
 def compile_parts(model: Llama, config: Config) -> None:
     """torch.compile each block, and the head with its loss, as whole graphs."""
     options: dict[str, Any] = {"fullgraph": True, "backend": config.compile.backend}
@@ -98,6 +109,9 @@ def compile_parts(model: Llama, config: Config) -> None:
         options["options"] = {"triton.cudagraphs": True}
     checkpointing = config.activation_checkpointing
     torch._functorch.config.activation_memory_budget = checkpointing.budget if checkpointing.mode == "budget" else 1.0
+    if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
+        # The mesh of a DTensor, an object in the graph since torch 2.13, whose bytes a budget cannot tell: it has none.
+        torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     torch._inductor.config._micro_pipeline_tp = config.parallel.async_tensor
     # The backward of a zero-bubble schedule runs twice over a stage, first for inputs and then for weights.
     torch._functorch.config.donated_buffer = config.parallel.pipeline_schedule not in ("zero_bubble", "zbv")

@@ -11,7 +11,7 @@ Each kind of layer is one class, shared by all layers of that kind, put in place
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from models.llama import TENSOR_PARALLEL_PLAN, Head
+from models.llama import MLP, TENSOR_PARALLEL_PLAN, Attention, Head
 from models.loss import IGNORE
 from parallel.collectives import gather, largest_over, reduce_scatter, sum_over
 
@@ -41,6 +41,24 @@ def local(parameter: Tensor, partial: bool = False) -> Tensor:
     return parameter.to_local(grad_placements=[Partial()] if partial else None)
 
 
+class GatheredAttention(Attention):
+    """Attention of some heads: x (B, T / n, D) -> (B, T / n, D); the sequence is gathered once for q, k and v."""
+
+    tensor_group: str
+
+    def forward(self, x_BTD: Tensor, *rest: Any) -> Tensor:
+        return super().forward(gather(x_BTD, SEQUENCE, self.tensor_group), *rest)
+
+
+class GatheredMLP(MLP):
+    """Some of the hidden features: x (B, T / n, D) -> (B, T / n, D)."""
+
+    tensor_group: str
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return super().forward(gather(x_BTD, SEQUENCE, self.tensor_group))
+
+
 class SplitLinear(nn.Linear):
     """A linear layer of which each device holds a part of the weight; `multiply` is the product with that part."""
 
@@ -48,10 +66,7 @@ class SplitLinear(nn.Linear):
     tensor_rank: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.multiply(self.enter(x)))
-
-    def enter(self, x: Tensor) -> Tensor:
-        return x
+        return self.leave(self.multiply(x))
 
     def multiply(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight))
@@ -61,10 +76,7 @@ class SplitLinear(nn.Linear):
 
 
 class ColumnLinear(SplitLinear):
-    """Some of the outputs: x (B, T / n, in) -> (B, T, out / n)."""
-
-    def enter(self, x: Tensor) -> Tensor:
-        return gather(x, SEQUENCE, self.tensor_group)
+    """Some of the outputs: x (B, T, in) -> (B, T, out / n)."""
 
 
 class RowLinear(SplitLinear):
@@ -134,6 +146,7 @@ _CLASSES: dict[str, tuple[type, Placement]] = {
     "sequence": (SequenceNorm, Replicate()),
 }
 _VOCABULARY: dict[type, type] = {nn.Embedding: VocabularyEmbedding, Head: VocabularyHead}
+_GATHERED: dict[type, type] = {Attention: GatheredAttention, MLP: GatheredMLP}
 
 
 def split(model: Llama, mesh: DeviceMesh) -> None:
@@ -146,13 +159,16 @@ def split(model: Llama, mesh: DeviceMesh) -> None:
         kind = next((kind for end, kind in TENSOR_PARALLEL_PLAN.items() if name.endswith(end)), None)
         if kind is None:
             continue
+        module.tensor_group, module.tensor_rank = mesh.get_group().group_name, mesh.get_local_rank()
+        if kind == "gathered":
+            module.__class__ = _GATHERED[type(module)]
+            continue
         if kind == "vocabulary":
             module.__class__, placement = _VOCABULARY[type(module)], Shard(0)
         else:
             module.__class__, placement = _CLASSES[kind]
         shared = kind == "vocabulary" and model.shape.tied_embeddings
         module.weight = tied if shared else _part(module.weight, mesh, placement)
-        module.tensor_group, module.tensor_rank = mesh.get_group().group_name, mesh.get_local_rank()
 
 
 def _part(weight: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:

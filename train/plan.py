@@ -139,12 +139,6 @@ def _memory_lines(setup: Setup, memory: MemoryPlan, gpu: Gpu) -> Iterator[str]:
         yield f"{'':12} {_size(memory.host)}  in host memory per process: parameters, gradients and moments"
 
 
-def _uncompilable(setup: Setup) -> bool:
-    """What torch 2.13.0 fails to compile: recomputation of what a tensor-parallel layer does with its weight."""
-    partly = setup.mode == "budget" and 0 < setup.budget < 1
-    return setup.compiled and setup.degrees.tensor > 1 and (setup.mode == "full" or partly)
-
-
 def _activation_label(setup: Setup, memory: MemoryPlan) -> str:
     label = f"activations ({setup.mode} checkpointing)"
     if setup.degrees.pipeline > 1:
@@ -163,11 +157,6 @@ def _logit_label(setup: Setup) -> str:
 
 def _checkpointing_lines(setup: Setup, gpu: Gpu, mfu: float) -> Iterator[str]:
     """What each mode would keep and compute again."""
-    if _uncompilable(setup):
-        yield (
-            f"{'':12} torch 2.13.0 fails to compile mode = {setup.mode} with tensor parallelism: take selective, or "
-            "budget with budget = 0.0, which keeps what full keeps"
-        )
     yield "blocks keep  per token and block    per device    computed again    memory      step (estimates; * is chosen)"
     for mode in ("none", "selective", "full", "budget"):
         if mode == "budget" and setup.mode != mode:

@@ -80,10 +80,8 @@ def kept_per_token(
     kept = (2 * d + 2 * q + 2 * k * context) / n
     if compiled:
         return kept + 2 * d + 3 * f / n, statistics  # inputs of both groups of products; gate, up, and their product
-    # Each product keeps a gathered input of its own: three for q, k, v and two for gate and up.
-    inputs = 2 * d if n == 1 else 5 * d
     norms = 0 if fused_norms else 2 * d / n  # before the norm's weight is applied
-    return kept + inputs + norms + 4 * f / n, statistics
+    return kept + 2 * d + norms + 4 * f / n, statistics
 
 
 def block_bytes(setup: Setup, mode: str) -> float:

@@ -133,7 +133,7 @@ def _setups(
                 for mode in MODES[-1:] if only_least else MODES:
                     setup = replace(base, rows=size, micro_batches=rows // size, reshard=reshard, mode=mode)
                     if mode == "full" and degrees.tensor > 1 and setup.compiled:
-                        setup = replace(setup, mode="budget", budget=0.0)  # the same, and torch 2.13.0 compiles it
+                        setup = replace(setup, mode="budget", budget=0.0)  # the same, in the graph
                     memory = plan_memory(setup)
                     fits = fits or memory.total <= budget
                     yield setup, memory

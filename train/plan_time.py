@@ -238,11 +238,10 @@ def _exchanges(setup: Setup, gpu: Gpu, stages: tuple[Stage, ...]) -> list[Exchan
     count, width = setup.micro_batches, setup.compute_bytes
     if degrees.tensor > 1:
         hidden = setup.tokens * setup.shape.dim * width * (degrees.tensor - 1) / degrees.tensor
-        # Forward: inputs of both groups of products (uncompiled, of each of the five), and two sums. Backward: the sums of
-        # five gradients, and two gathers. What is computed again gathers again.
-        gathers = 2 if setup.compiled else 5
-        again = {"none": 0, "selective": gathers, "full": gathers + 1}.get(setup.mode, gathers)
-        per_block = gathers + 2 + 5 + 2 + again
+        # Forward: the inputs of both groups of products, and two sums; the backward is its mirror. What is computed again
+        # gathers again, and with "full" also sums once more.
+        again = {"none": 0, "full": 3}.get(setup.mode, 2)
+        per_block = 8 + again
         size = count * hidden * (layers * per_block + 2 * has_ends)
         rate, link = _link(gpu, 1, degrees.tensor)
         found.append(Exchange("activations over tensor devices", size, rate, link, setup.async_tensor))

@@ -87,6 +87,7 @@ CELLS = [
     Cell("FSDP 2, compiled, budget", 2, _parallel(shard=2) | AOT | _checkpointed("budget")),
     Cell("TP 2, compiled", 2, _parallel(tensor=2) | AOT),
     Cell("TP 2, compiled by Inductor", 2, _parallel(tensor=2) | INDUCTOR, slow=True),
+    Cell("TP 2, compiled, full checkpointing", 2, _parallel(tensor=2) | AOT | _checkpointed("full")),
     Cell("TP 2, compiled, selective", 2, _parallel(tensor=2) | AOT | _checkpointed("selective"), slow=True),
     Cell("TP 2, compiled, loss in chunks", 2, _parallel(tensor=2) | AOT | {"training__loss_chunk_tokens": 48}),
     Cell("CP 2, compiled", 2, _parallel(context=2) | AOT),

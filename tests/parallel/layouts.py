@@ -74,6 +74,7 @@ def run(arguments: Sequence[str]) -> Record:
 
     def whole(tensor: Tensor) -> Tensor:
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = getattr(tensor, "_tensor", tensor)  # torchao's wrapper of weights that are gathered as float8
         return tensor.detach().clone()
 
     def noting_resume(self):
