@@ -70,6 +70,12 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
             noise = transforms.apply(model, config.transforms, config.noise_seed)
         except transforms.TransformError as error:
             raise ValueError(f"transforms.{error.index}.modules: {error}") from error
+    if model.lm_head.chunk_tokens and any(
+        getattr(model.lm_head, f"{place}_effects", ()) for place in ("input", "output")
+    ):
+        raise ValueError(
+            "training.loss_chunk_tokens: hardware effects on what the head reads and returns need the whole batch, not chunks"
+        )
     parts, stages = [model], [0]
     if mesh.pipeline.size() > 1:
         parts, stages = _stages(model, config, mesh)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from train.config import Float8Config
 
 
+PART = "the part of each of"
+
+
 @dataclass(frozen=True)
 class Choice:
     """Of one kind of layer, the same in every block."""
@@ -43,11 +46,15 @@ def block_layers(shape: LlamaShape) -> dict[str, tuple[int, int]]:
 def choices(shape: LlamaShape, config: Float8Config, tensor_degree: int = 1) -> Iterator[Choice]:
     """What becomes of each layer of a block. The head stays as it is: its errors go straight into the loss."""
     for name, (out_features, in_features) in block_layers(shape).items():
+        # By the whole matrix, so that a run is the same on every layout.
+        reason = _reason(name, out_features, in_features, config)
         if name.endswith(("o_proj", "down_proj")):
             in_features //= tensor_degree
         else:
             out_features //= tensor_degree
-        yield Choice(name, out_features, in_features, _reason(name, out_features, in_features, config))
+        if not reason and (out_features % 16 or in_features % 16):
+            reason = f"{PART} {tensor_degree} devices is no multiple of 16"
+        yield Choice(name, out_features, in_features, reason)
 
 
 def _reason(name: str, out_features: int, in_features: int, config: Float8Config) -> str:

@@ -136,6 +136,10 @@ class Checkpoints:
         try:
             dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True))
         except (CheckpointException, OSError, RuntimeError) as error:
+            if isinstance(error, CheckpointException) and any(
+                isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()
+            ):
+                raise KeyboardInterrupt from error
             raise CheckpointError(
                 self._advice(f"could not save step {step} to {path}: {_root_cause(error)}")
             ) from error

@@ -15,8 +15,12 @@ from parallel.degrees import (
     rows_per_micro_batch,
     stages_per_device,
 )
+from parallel.float8_layers import PART, choices
 from train.config import Config, OptimizerConfig, ParallelConfig, named_shape, total_steps
 from train.config_sources import Problem
+from transforms.specs import TransformSpec
+
+HEAD_IN_CHUNKS = "hardware effects on what the head reads and returns need the whole batch, not chunks of it"
 
 
 def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -121,7 +125,6 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     import torch
 
     from models.llama import Llama
-    from parallel.float8_layers import choices
     from transforms.apply import TransformError, match
 
     in_float8 = set()
@@ -133,6 +136,9 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     for i, spec in enumerate(config.transforms):
         try:
             names = [name for name, _ in match(model, spec, i)]
+            if config.training.loss_chunk_tokens and "lm_head" in names and _beside_weight(spec):
+                message = f"{HEAD_IN_CHUNKS}: leave it 0, or the head out of transforms.{i}.modules"
+                yield Problem(message, "training.loss_chunk_tokens", config.training.loss_chunk_tokens)
             both = sorted({end for name in names for end in in_float8 if name.endswith(end)})
             if both:
                 yield Problem(
@@ -152,6 +158,11 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
         )
 
 
+def _beside_weight(spec: TransformSpec) -> bool:
+    """Whether an effect acts on inputs or outputs, which stand somewhere in the batch."""
+    return bool(getattr(spec, "input", None) or getattr(spec, "output", None))
+
+
 def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterator[Problem]:
     parallel, training = config.parallel, config.training
     try:
@@ -161,6 +172,10 @@ def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterat
         return
     if shape is not None:
         yield from layout_problems(config, shape, degrees)
+    for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
+        if degree > 1 and any(spec.kind == "lora" for spec in config.transforms):
+            message = "adapters are small and are not split this way: use parallel.shard"
+            yield Problem(message, f"parallel.{name}", degree)
     rows = degrees.data * (training.micro_batch_size or 1)
     if training.global_batch_size % rows:
         micro = (
@@ -218,6 +233,11 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
             nearest = nearest_divisor(common, degrees.tensor)
             message = f"does not divide the model's {odd}; the nearest degree that fits: {nearest}"
             yield Problem(message, "parallel.tensor", parallel.tensor)
+    if config.float8.recipe != "none":
+        for choice in choices(shape, config.float8, degrees.tensor):
+            if choice.reason.startswith(PART):
+                message = f"{choice.name} takes float8, but {choice.reason}: name it in float8.skip"
+                yield Problem(message, "parallel.tensor", parallel.tensor)
     pieces = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
     if length % pieces:
         yield Problem(
@@ -230,9 +250,11 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
     if degrees.pipeline > 1:
         stages = degrees.pipeline * stages_per_device(config)
         if stages > shape.num_layers:
+            highest = shape.num_layers // stages_per_device(config)
+            remedy = f"the highest degree that fits: {highest}" if highest else "every stage needs a layer"
             yield Problem(
                 f"{stages} stages ({degrees.pipeline} devices x {stages_per_device(config)}) for {shape.num_layers} layers; "
-                f"the highest degree that fits: {shape.num_layers // stages_per_device(config)}",
+                f"{remedy}",
                 "parallel.pipeline",
                 parallel.pipeline,
             )
@@ -275,12 +297,12 @@ def _combinations(config: Config) -> Iterator[Problem]:
             "activation_checkpointing.mode",
             "selective",
         )
+    if recomputes_twice and parallel.reshard_after_forward:
+        message = (
+            f"{parallel.pipeline_schedule} loses gradients with it: weights must stay between both parts of a backward"
+        )
+        yield Problem(message, "parallel.reshard_after_forward", True)
     if parallel.async_tensor and parallel.tensor == 1:
         yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
     if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):
         yield Problem("random tokens have no documents", "training.document_mask", True)
-    adapters = any(spec.kind == "lora" for spec in config.transforms)
-    for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
-        if adapters and degree != 1:
-            message = "adapters are small and are not split this way: use parallel.shard"
-            yield Problem(message, f"parallel.{name}", degree)

@@ -17,6 +17,7 @@ from models.sizes import LlamaShape, num_parameters
 from parallel import mesh as meshes
 from parallel.apply import compute_dtype
 from parallel.degrees import resolve_degrees
+from parallel.float8_layers import choices
 from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, named_shape
 from train.config_rules import layout_problems, length_problems
@@ -30,6 +31,7 @@ from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
 from transforms.apply import table
 
+EXIT_OTHER = 1
 EXIT_SETUP = 2
 EXIT_NON_FINITE = 3
 EXIT_CHECKPOINT = 4
@@ -47,7 +49,8 @@ def run_job(config: Config) -> None:
     """Run a configuration to its end on this process.
 
     Raises:
-        JobError: with the exit code 2 (cannot start), 3 (non-finite) or 4 (checkpoint could not be saved or loaded).
+        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite) or 4 (checkpoint could not be
+            saved or loaded).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -81,6 +84,8 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
     except OSError as error:
         raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", EXIT_SETUP) from error
     except RuntimeError as error:
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            raise JobError("another process of this run has ended; its message says why", EXIT_OTHER) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise JobError(
@@ -132,6 +137,12 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
     recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, trainer.step + 1)
     try:
         recorder.say(_headline(config, shape, mesh, trainer))
+        if config.float8.recipe != "none":
+            taken = [c.name for c in choices(shape, config.float8, mesh.tensor.size()) if not c.reason]
+            layers = (
+                f"{', '.join(taken)} of every block" if taken else "no layer is large enough (newcompute plan says why)"
+            )
+            recorder.say(f"float8, {config.float8.recipe}: {layers}")
         for line in table(trainer.noise) if trainer.noise is not None else ():
             recorder.say(line)
         recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")

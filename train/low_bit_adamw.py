@@ -12,6 +12,7 @@ has the same blocks; columns have others. Small tensors, and shards that are no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +60,19 @@ class _LowBitAdamW:
 
 
 class AdamW8bit(_LowBitAdamW, torchao.optim.AdamW8bit):
-    """AdamW with 8-bit moments: 2.03 bytes of state per parameter."""
+    """AdamW with 8-bit moments: 2.03 bytes of state per parameter.
+
+    Args:
+        exact: parameters that keep float32 moments. The embedding is one: where a block spans rows, a rare token shares its
+            scale with frequent ones, its second moment rounds to 0 before its first, and its update is divided by eps.
+    """
+
+    def __init__(self, params: Any, *, exact: Sequence[Tensor] = (), **settings: Any):
+        self._exact = {id(p) for p in exact}
+        super().__init__(params, **settings)
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        return torch.zeros_like(p) if id(p) in self._exact else super()._new_buffer(p, signed)
 
     def _zeros(self, local: Tensor, numel: int, signed: bool) -> Tensor:
         if numel < MIN_QUANTISED or local.numel() == 0 or local.numel() % self.block_size:

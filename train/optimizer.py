@@ -16,10 +16,12 @@ from parallel.names import named_parameters
 from train.config import OptimizerConfig, ScheduleConfig
 from train.muon import ADJUST_LR, MuonWithAdamW
 
+EMBEDDING = "model.embed_tokens.weight"
+
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, but not to the embedding, nor to norms and biases (vectors)."""
-    return parameter.ndim >= 2 and name != "model.embed_tokens.weight"
+    return parameter.ndim >= 2 and name != EMBEDDING
 
 
 def orthogonalised(name: str, parameter: nn.Parameter) -> bool:
@@ -43,8 +45,10 @@ def build_optimizer(parts: Sequence[nn.Module], config: OptimizerConfig, compile
     if config.name in ("adamw_8bit", "adamw_bf16"):
         from train import low_bit_adamw  # imports torchao, which takes a second
 
-        kind = low_bit_adamw.AdamW8bit if config.name == "adamw_8bit" else low_bit_adamw.AdamWBf16
-        return kind(rest, compiled=compiled, **adam)
+        if config.name == "adamw_bf16":
+            return low_bit_adamw.AdamWBf16(rest, compiled=compiled, **adam)
+        embedding = [p for name, p in parameters if name == EMBEDDING]
+        return low_bit_adamw.AdamW8bit(rest, exact=embedding, compiled=compiled, **adam)
     adamw = torch.optim.AdamW(rest, fused=True, **adam)
     if not matrices:
         return adamw

@@ -114,7 +114,8 @@ def moment_bytes(optimizer: str, parameter: Matrix, shards: int = 1, in_block: b
         return 4 * size  # one moment for the blocks' matrices, two for the rest
     if optimizer == "adamw_bf16":
         return 4 * size
-    if optimizer == "adamw_8bit" and parameter.whole >= MIN_QUANTISED and size % QUANTISED_BLOCK == 0:
+    quantised = optimizer == "adamw_8bit" and parameter.name != "model.embed_tokens"
+    if quantised and parameter.whole >= MIN_QUANTISED and size % QUANTISED_BLOCK == 0:
         return 2 * (1 + 4 / QUANTISED_BLOCK) * size  # a code of one byte each, and a float32 scale per block
     return 8 * size
 

@@ -101,6 +101,7 @@ class Trainer:
         # First step at which something was not finite, or -1; lives on the device.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=mesh.device)
         self.step = 0
+        self.gradients_checked = False
 
     def build_inputs(self, stages: list[int], tokenizer: Tokenizer | None) -> None:
         """What stands between rows and the model: documents, the part of the sequence, the pipeline's schedule."""
@@ -186,6 +187,8 @@ class Trainer:
         else:
             loss = self.accumulate(batch, tokens)
 
+        if not self.gradients_checked:
+            self.check_gradients()
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,6 +196,19 @@ class Trainer:
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         return loss, norm
+
+    def check_gradients(self) -> None:
+        """Once: a layout that lost some would train on without them.
+
+        Raises:
+            RuntimeError: a trained parameter has none.
+        """
+        missing = [n for n, p in named_parameters(*self.parts) if p.requires_grad and p.grad is None]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} parameters have no gradient, the first is {missing[0]}: this is a defect"
+            )
+        self.gradients_checked = True
 
     def accumulate(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Forward and backward of each micro-batch in turn; this device's part of the loss."""

@@ -42,7 +42,15 @@ def test_reasons():
     assert found["self_attn.k_proj"] == "too small to gain on an H100"
     assert found["self_attn.o_proj"] == "float8.skip names it"
     odd = {c.name: c.reason for c in choices(shape, config_of("--float8.recipe", "rowwise").float8, tensor_degree=7)}
-    assert odd["self_attn.q_proj"] == "tensor cores take multiples of 16"
+    assert odd["self_attn.q_proj"] == "the part of each of 7 devices is no multiple of 16"
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_the_same_layers_on_every_layout(recipe):
+    config = config_of("--float8.recipe", recipe).float8
+    for shape in (SIZES["clm"]["60M"], SIZES["llama3"]["1B"], SIZES["llama3"]["8B"]):
+        whole, split = ({c.name for c in choices(shape, config, degree) if not c.reason} for degree in (1, 2))
+        assert whole == split
 
 
 def test_only_the_chosen_layers_are_replaced():

@@ -67,6 +67,24 @@ def problems(world_size: int, **changes: object) -> list[str]:
         (4, {"parallel__tensor": 2, "parallel__replicate": 1}, "tensor 2 = 2 processes, but 4 are running"),
         (2, {"parallel__tensor": 2, "parallel__async_tensor": "true", "compile__enabled": "false"}, "compiler's work"),
         (2, {"parallel__async_tensor": "true"}, "there is no exchange to overlap"),
+        (
+            2,
+            {
+                "parallel__pipeline": 2,
+                "parallel__pipeline_schedule": "zbv",
+                "training__micro_batch_size": 2,
+                "parallel__reshard_after_forward": "true",
+            },
+            "zbv loses gradients with it",
+        ),
+        (
+            1,
+            {
+                "training__loss_chunk_tokens": 64,
+                "transforms": '[{ kind = "bitflip", modules = ["lm_head"], input = { mantissa = 1e-4 } }]',
+            },
+            "need the whole batch, not chunks of it",
+        ),
         (2, {"parallel__tensor": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
         (2, {"parallel__pipeline": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
         (1, {"compile__enabled": "false", "compile__cuda_graphs": "true"}, "the compiler's work: set compile.enabled"),
@@ -100,6 +118,7 @@ def test_refused_with_the_nearest_that_fits(world_size, changes, message):
     [
         (8, {"parallel__tensor": 2, "parallel__context": 2, "parallel__replicate": 2}),
         (8, {"parallel__pipeline": 4, "parallel__tensor": 2}),
+        (1, {"training__loss_chunk_tokens": 64, "transforms": BITFLIP}),
         (4, {"parallel__pipeline": 2, "parallel__pipeline_schedule": "zbv"}),
         (1, {"float8__recipe": "tensorwise", "transforms": BITFLIP}),  # too small for float8: nothing is bypassed
         (

@@ -359,7 +359,7 @@ def test_8_bit_state_is_one_byte_per_number():
     for name, parameter in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             moment = optimizer.state[parameter][key]
-            if parameter.numel() < 4096:
+            if parameter.numel() < 4096 or name == "model.embed_tokens.weight":
                 assert type(moment) is Tensor, name
                 assert moment.dtype == torch.float32
                 continue
