@@ -369,7 +369,7 @@ def test_8_bit_state_is_one_byte_per_number():
             assert moment.scale.numel() * 256 == parameter.numel()
             assert all(torch.is_tensor(getattr(moment, field)) for field in moment.tensor_attrs)
             assert set(moment.tensor_attrs) == {"codes", "scale", "qmap"}
-    assert quantised == 2 * (2 + 2 * 5)  # embedding and head; q, o, gate, up and down
+    assert quantised == 2 * (1 + 2 * 5)  # the head; q, o, gate, up and down; not the embedding
 
 
 @pytest.mark.parametrize("signed", [True, False])
