@@ -31,16 +31,23 @@ class CausalAttention(nn.Module):
     """softmax(q k^T / sqrt(E), over the keys that a query sees) v; each key-value head serves several query heads.
 
     A module of its own, without parameters, so that context parallelism can bring the other devices' keys and values.
+
+    Args:
+        grouped: there are fewer key-value heads than query heads. Given, not read off the tensors: to compiled code that has
+            seen several numbers of heads it would not be a constant.
     """
 
+    def __init__(self, grouped: bool):
+        super().__init__()
+        self.grouped = grouped
+
     def forward(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask | None = None) -> Tensor:
-        grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-            return flex(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)
+            return flex(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=self.grouped)
         with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(
-                q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+                q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
             )
 
 

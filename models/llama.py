@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.dim, shape.num_kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(shape.dim, shape.num_kv_heads * shape.head_dim, bias=False)
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=False)
-        self.attend = CausalAttention()
+        self.attend = CausalAttention(grouped=shape.num_kv_heads != shape.num_heads)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None) -> Tensor:
         def heads(projected: Tensor) -> Tensor:  # (B, T, heads * E) -> (B, heads, T, E)

@@ -76,7 +76,7 @@ def test_dense_mask_against_a_loop_and_flex_attention(given, monkeypatch):
                 assert dense[b, 0, q, k] == (key <= query and bool(same))
     q = torch.randn(2, 4, len(query_columns), 16, generator=generator)
     k, v = (torch.randn(2, 2, length, 16, generator=generator) for _ in range(2))
-    attend = CausalAttention()
+    attend = CausalAttention(grouped=True)
     with torch.no_grad():
         expected = attend(q, k, v, dense)
         if given == "no documents":
