@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler_of_its_own():
+    """Files compile as if each ran alone: Dynamo remembers shapes and gives up at the ninth variant in one process."""
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,12 @@ def test_metrics_rows_carry_the_documented_keys(run_here):
     assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=1e-3)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each test compiles as a run of its own would: Dynamo gives up at the ninth variant of a block in one process."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "stops", [pytest.param((10,), marks=pytest.mark.slow, id="one resume"), pytest.param((5, 12), id="two resumes")]
 )
