@@ -102,7 +102,8 @@ class Runs:
 def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        figures = (f"{row[key]:.0e} ({row['limits'][key]:g})" for key in ("loss", "first_gradient", "gradient"))
+        limits = {key: "no limit" if limit is None else f"{limit:g}" for key, limit in row["limits"].items()}
+        figures = (f"{row[key]:.0e} ({limits[key]})" for key in ("loss", "first_gradient", "gradient"))
         lines.append(f"| {row['layout']} | {row['processes']} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 

@@ -63,7 +63,7 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
     if config.float8.recipe != "none":
         from parallel import float8  # torchao takes seconds to import
 
-        float8.convert(model, config, mesh.device)
+        float8.convert(model, config, mesh.device, mesh.tensor.size())
     noise = None
     if config.transforms:
         try:

@@ -30,26 +30,17 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     return _finished(_scatter_sum(x.contiguous(), "sum", dim, group))
 
 
-class _Gather(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """A gather, whose gradient is a reduce-scatter, or the other way round."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gather(x, dim, group)
+    def forward(ctx: Any, x: Tensor, dim: int, group: str, gathers: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.gathers = dim, group, gathers
+        return (_gather if gathers else _reduce_scatter)(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _gather(grad, ctx.dim, ctx.group), None, None
+        return (_reduce_scatter if ctx.gathers else _gather)(grad, ctx.dim, ctx.group), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -67,12 +58,12 @@ class _Sum(torch.autograd.Function):
 
 def gather(x: Tensor, dim: int, group: str) -> Tensor:
     """Every rank's part, side by side along `dim`. The gradient of a part is the sum over ranks of what they did with it."""
-    return _Gather.apply(x, dim, group) if torch.is_grad_enabled() else _gather(x, dim, group)
+    return _Exchange.apply(x, dim, group, True) if torch.is_grad_enabled() else _gather(x, dim, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """The sum over ranks, of which each keeps its part along `dim`."""
-    return _ReduceScatter.apply(x, dim, group) if torch.is_grad_enabled() else _reduce_scatter(x, dim, group)
+    return _Exchange.apply(x, dim, group, False) if torch.is_grad_enabled() else _reduce_scatter(x, dim, group)
 
 
 def sum_over(x: Tensor, group: str) -> Tensor:

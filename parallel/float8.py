@@ -46,21 +46,17 @@ class Float8RowLinear(_Float8Split, RowLinear):
 _SPLIT: dict[type, type] = {ColumnLinear: Float8ColumnLinear, RowLinear: Float8RowLinear}
 
 
-def convert(model: Llama, config: Config, device: torch.device, gather_as_float8: bool = True) -> None:
+def convert(model: Llama, config: Config, device: torch.device, tensor_degree: int = 1) -> None:
     """Replace the layers that gain, in place; after tensor parallelism, before transforms.
 
-    Args:
-        gather_as_float8: let FSDP gather weights as float8 where the recipe can: half the bytes.
+    With the tensorwise recipe FSDP gathers weights as float8, half the bytes, but for those that are split.
     """
     recipe = config.float8.recipe
-    shape, degree = model.shape, 1
     options = Float8LinearConfig() if recipe == "tensorwise" else Float8LinearConfig.from_recipe_name(recipe)
     options = replace(options, emulate=not _has_float8(device), round_scales_to_power_of_2=True, pad_inner_dim=False)
     template = Float8Linear.from_float(nn.Linear(16, 16, bias=False, device="meta"), options)
-    first = next(iter(model.model.layers.values())).self_attn.q_proj
-    if isinstance(first, ColumnLinear):
-        degree = first.weight.device_mesh.size()
-    chosen = [choice.name for choice in choices(shape, config.float8, degree) if not choice.reason]
+    gathered = replace(options, enable_fsdp_float8_all_gather=recipe == "tensorwise")
+    chosen = [choice.name for choice in choices(model.shape, config.float8, tensor_degree) if not choice.reason]
     for block in model.model.layers.values():
         for name in chosen:
             parent = block.get_submodule(name.rpartition(".")[0])
@@ -69,7 +65,6 @@ def convert(model: Llama, config: Config, device: torch.device, gather_as_float8
                 layer.__class__ = _SPLIT[type(layer)]
                 layer.config, layer.linear_mm_config = options, template.linear_mm_config
                 continue
-            gathered = replace(options, enable_fsdp_float8_all_gather=gather_as_float8 and recipe == "tensorwise")
             setattr(parent, name.rpartition(".")[2], Float8Linear.from_float(layer, gathered))
 
 
@@ -85,7 +80,9 @@ def precompute_scales(parts: Sequence[nn.Module], mesh: Mesh) -> None:
     wrapped = [part for part in held if isinstance(part, WeightWithDynamicFloat8CastTensor)]
     if not wrapped:
         return
-    largest = torch.stack([w._tensor.abs().amax() if w.numel() else w._tensor.new_zeros(()) for w in wrapped])
+    # A shard may be empty.
+    parts_of_all = [w._tensor if w.numel() else w._tensor.new_zeros(1) for w in wrapped]
+    largest = torch.stack(torch._foreach_norm(parts_of_all, ord=float("inf")))
     group = mesh.parameters.get_group("shard")
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)

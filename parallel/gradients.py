@@ -15,23 +15,22 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float, device: torch.devi
 
     One sum over all processes: each adds the squares of what it holds, divided by the number of copies of it.
     """
-    grads, copies = [], []
+    by_copies: dict[int, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is None:
-            continue
         grad = parameter.grad
-        grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
-        copies.append(_copies(parameter))
+        if grad is not None:
+            grad = grad.to_local() if isinstance(grad, DTensor) else grad
+            by_copies.setdefault(_copies(parameter), []).append(grad)
     square = torch.zeros((), device=device)
-    if grads:
-        norms = torch.stack(torch._foreach_norm(grads)).to(device).float()
-        square = (norms.square() / torch.tensor(copies).to(device)).sum()
+    for copies, grads in by_copies.items():
+        square += torch.stack(torch._foreach_norm(grads)).to(device).float().square().sum() / copies
     if dist.get_world_size() > 1:
         dist.all_reduce(square)
     norm = square.sqrt()
-    if max_norm > 0 and grads:
+    if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor.to(grads[0].device))
+        for grads in by_copies.values():
+            torch._foreach_mul_(grads, factor.to(grads[0].device))
     return norm
 
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from models.sizes import LlamaShape, RopeScaling
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
-from train.optimizer import plain_moment, set_moment
+from train.optimizer import distributed_like, plain_moment, set_moment
 
 COMMIT = "commit.json"
 OPTIMIZER_PREFIX = "optimizer."
@@ -274,15 +274,7 @@ def check_model(
 def _plain(tensor: Tensor) -> Tensor:
     """A parameter without what a library has wrapped its storage in (torchao, to gather it as float8)."""
     if isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor._local_tensor):
-        inner = tensor._local_tensor._tensor
-        return DTensor.from_local(
-            inner,
-            tensor.device_mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
+        return distributed_like(tensor._local_tensor._tensor, tensor)
     return tensor
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap
 
+from train.optimizer import distributed_like
+
 MIN_QUANTISED = 4096
 """Numbers in the whole tensor from which on moments are quantised; torchao's limit, but there it is a shard's size, so that
 a tensor's precision would depend on the layout."""
@@ -53,7 +55,7 @@ class _LowBitAdamW:
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         local = p.to_local() if isinstance(p, DTensor) else p
-        return like_parameter(self._zeros(local, p.numel(), signed), p)
+        return distributed_like(self._zeros(local, p.numel(), signed), p)
 
     def _zeros(self, local: Tensor, numel: int, signed: bool) -> Tensor:
         raise NotImplementedError
@@ -85,20 +87,6 @@ class AdamWBf16(_LowBitAdamW, torchao.optim._AdamW):
 
     def _zeros(self, local: Tensor, numel: int, signed: bool) -> Tensor:
         return torch.zeros_like(local, dtype=torch.bfloat16)
-
-
-def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part as a tensor distributed as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 @torch.no_grad()

@@ -115,6 +115,20 @@ def finiteness(optimizer: Optimizer) -> list[Tensor]:
     return [moment.scale if is_quantised(moment) else moment for moment in moments]
 
 
+def distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part as a tensor distributed as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def is_quantised(moment: Tensor) -> bool:
     """Whether a moment, or a shard of one, is of torchao's quantised kind."""
     return hasattr(_local(moment), "codes")
@@ -124,9 +138,7 @@ def plain_moment(moment: Tensor) -> Tensor:
     """A moment as a checkpoint keeps it: itself, or a float32 copy of a quantised one, distributed as it is."""
     if not is_quantised(moment):
         return moment
-    from train.low_bit_adamw import like_parameter
-
-    return like_parameter(_local(moment).dequantize(), moment)
+    return distributed_like(_local(moment).dequantize(), moment)
 
 
 def set_moment(moment: Tensor, plain: Tensor) -> None:

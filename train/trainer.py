@@ -183,7 +183,7 @@ class Trainer:
         tokens = self.count_tokens(batch)
 
         if self.pipeline is not None:
-            loss = self.pipeline.train(batch, self.places(self.step, self.first_row()), tokens)
+            loss = self.pipeline.train(batch, self.micro_batch_places(self.step, self.first_row()), tokens)
         else:
             loss = self.accumulate(batch, tokens)
 
@@ -215,7 +215,7 @@ class Trainer:
         (model,) = self.parts
         loss = torch.zeros((), device=self.mesh.device)
         micro_batches = batch.split(self.micro_batch)
-        places = self.places(self.step, self.first_row())
+        places = self.micro_batch_places(self.step, self.first_row())
         for i, micro_batch in enumerate(micro_batches):
             # Replicas exchange gradients once per step; shards already while accumulating, to keep gradients sharded.
             last = i == len(micro_batches) - 1
@@ -243,7 +243,7 @@ class Trainer:
         """Tokens of the global batch that a loss is computed for; every stage of a pipeline counts the same ones."""
         return self.mesh.sum_over_data((batch.targets != IGNORE).sum()) // self.mesh.pipeline.size()
 
-    def places(self, step: int, first_row: int) -> Tensor:
+    def micro_batch_places(self, step: int, first_row: int) -> Tensor:
         """Where the micro-batches of this device's rows stand, (n, 3); `first_row` counts rows of the global batch."""
         group_size = self.config.noise.group_size
         firsts = range(first_row, first_row + self.rows_per_step, self.micro_batch)
@@ -308,7 +308,7 @@ class Trainer:
             rows_each = min(self.rows_per_step, needed)
         for i, rows in enumerate(validation_batches(self.held_out, self.config, rank, size, rows_each)):
             batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
-            places = self.places(0, (i * size + rank) * rows_each)
+            places = self.micro_batch_places(0, (i * size + rank) * rows_each)
             if self.pipeline is not None:
                 totals[0] += self.pipeline.evaluate(batch, places)
             else:

@@ -55,7 +55,7 @@ def test_same_training(folder, pools, references, cell: Cell):
     assert found.validation == pytest.approx(expected.validation, abs=cell.loss)
     first, largest, where = difference(expected, found)
     assert first < cell.first_gradient
-    assert largest < cell.gradient, where
+    assert cell.gradient is None or largest < cell.gradient, where
 
 
 def test_a_difference_is_seen(folder, references):
