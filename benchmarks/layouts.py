@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parallel")
 
 import torch  # noqa: E402
 from cells import CELLS, Cell  # noqa: E402
-from layouts import Pool, Record, difference, flags, run  # noqa: E402
+from layouts import Record, difference, flags, run, run_on  # noqa: E402
 from support import quietly, write_documents  # noqa: E402
 
 from train.config_sources import load_config  # noqa: E402
@@ -53,7 +53,6 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.pools: dict[int, Pool] = {}
         self.references: dict[str, Record] = {}
         write_documents(folder)
 
@@ -76,10 +75,8 @@ class Runs:
             AssertionError: the cell does not run, or starts from other weights.
         """
         expected = self.reference(cell.of_both)
-        if cell.processes not in self.pools:
-            self.pools[cell.processes] = Pool(cell.processes, self.folder)
         name = "".join(c if c.isalnum() else "-" for c in cell.name)
-        found = self.pools[cell.processes].run(self.flags(name, cell.of_both | cell.changes))
+        found = run_on(cell.processes, self.folder, self.flags(name, cell.of_both | cell.changes))
         assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
         pairs = zip(expected.losses + expected.validation, found.losses + found.validation, strict=True)
         first, largest, where = difference(expected, found)
@@ -93,10 +90,6 @@ class Runs:
             "settings": {**cell.of_both, **cell.changes},
             "limits": {"loss": cell.loss, "first_gradient": cell.first_gradient, "gradient": cell.gradient},
         }
-
-    def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
 
 
 def table(rows: list[dict]) -> str:
@@ -114,13 +107,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs, rows = Runs(Path(folder)), []
-        try:
-            for cell in CELLS:
-                if options.only in cell.name:
-                    rows.append(runs.cell(cell))
-                    print(table(rows[-1:]), end="", flush=True)
-        finally:
-            runs.close()
+        for cell in CELLS:
+            if options.only in cell.name:
+                rows.append(runs.cell(cell))
+                print(table(rows[-1:]), end="", flush=True)
     if options.only:
         return
     version, day = f"torch {torch.__version__}, gloo, CPU", date.today().isoformat()

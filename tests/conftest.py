@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from layouts import Pool
 from support import ROOT, read_metrics, tiny_flags
 
 REAL_INPUTS = ROOT.parent / "shared" / "data"
@@ -110,19 +109,3 @@ def configure(tmp_path):
         return load_config([], [str(flag) for flag in [*plain, *flags]])
 
     return configuration
-
-
-@pytest.fixture(scope="session")
-def pools(tmp_path_factory):
-    """Workers by their number, started when they are first needed."""
-    folder = tmp_path_factory.mktemp("pools")
-    started: dict[int, Pool] = {}
-
-    def pool(size: int) -> Pool:
-        if size not in started or not started[size].alive:
-            started[size] = Pool(size, folder)
-        return started[size]
-
-    yield pool
-    for one in started.values():
-        one.close()

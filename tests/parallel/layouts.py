@@ -1,17 +1,12 @@
 """Train a few steps on any layout and record what has to be the same on all of them.
 
-`run` does it with this process, `Pool` with worker processes that live as long as the tests (a torchrun each would cost
-seconds): losses, initial weights, and every gradient of every step as a whole.
+`run` does it with this process, `run_on` with several: losses, initial weights, and every gradient of every step as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import select
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,81 +109,31 @@ def run(arguments: Sequence[str]) -> Record:
     return record
 
 
-class Pool:
-    """Worker processes that train jobs together, one after the other."""
+def run_on(processes: int, folder: Path, arguments: Sequence[str]) -> Record:
+    """The merged record of a job of several processes, which are new: what a job leaves behind meets no other.
 
-    def __init__(self, size: int, folder: Path):
-        self.size, self.folder, self.jobs = size, folder, 0
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        self.logs = [folder / f"worker-{size}-{rank}.log" for rank in range(size)]
-        self.workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(size)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=open(self.logs[rank], "w"),  # noqa: SIM115 - the worker's
-                text=True,
-                env=environment,
-            )
-            for rank in range(size)
-        ]
+    Raises:
+        AssertionError: a process failed, with what it printed; or two recorded different bits.
+    """
+    from support import fork_python
 
-    def run(self, arguments: Sequence[str]) -> Record:
-        """The merged record of a job; a failed one stops the pool.
-
-        Raises:
-            AssertionError: a worker failed; with what it printed.
-        """
-        self.jobs += 1
-        out = self.folder / f"job-{self.size}-{self.jobs}"
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        for worker in self.workers:
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps({"arguments": list(arguments), "port": port, "out": str(out)}) + "\n")
-            worker.stdin.flush()
-        answers = self._answers()
-        if answers != {"done"}:
-            self.close()
-            log = "\n".join(path.read_text()[-3000:] for path in self.logs)
-            raise AssertionError(f"workers answered {answers}\n{log}")
-        merged = Record()
-        for rank in range(self.size):
-            part = Record(**torch.load(f"{out}-{rank}.pt"))
-            os.unlink(f"{out}-{rank}.pt")
-            if rank == 0:  # which has written them
-                merged.losses, merged.validation = part.losses, part.validation
-            merged.weights |= part.weights
-            merged.loaded |= part.loaded
-            merged.final |= part.final
-            for row, digest in part.rows.items():
-                assert merged.rows.setdefault(row, digest) == digest, f"ranks disagree about {row}"
-            merged.gradients = merged.gradients or [{} for _ in part.gradients]
-            for whole, some in zip(merged.gradients, part.gradients, strict=True):
-                for name, gradient in some.items():
-                    assert torch.equal(whole.setdefault(name, gradient), gradient), f"ranks disagree about {name}"
-        return merged
-
-    def _answers(self) -> set[str]:
-        """What the workers say; the first that fails leaves the others waiting for it."""
-        waiting = {worker.stdout: worker for worker in self.workers}
-        answers = set()
-        while waiting and answers <= {"done"}:
-            ready = select.select(list(waiting), [], [], 300)[0]
-            answers |= {pipe.readline().strip() for pipe in ready} or {"nothing for 300 s"}
-            for pipe in ready:
-                del waiting[pipe]
-        return answers
-
-    @property
-    def alive(self) -> bool:
-        return all(worker.poll() is None for worker in self.workers)
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
+    fork_python(folder, __file__, str(folder / "record"), *arguments, processes=processes)
+    merged = Record()
+    for rank in range(processes):
+        part = Record(**torch.load(folder / f"record-{rank}.pt"))
+        os.unlink(folder / f"record-{rank}.pt")
+        if rank == 0:  # which has written them
+            merged.losses, merged.validation = part.losses, part.validation
+        merged.weights |= part.weights
+        merged.loaded |= part.loaded
+        merged.final |= part.final
+        for row, digest in part.rows.items():
+            assert merged.rows.setdefault(row, digest) == digest, f"ranks disagree about {row}"
+        merged.gradients = merged.gradients or [{} for _ in part.gradients]
+        for whole, some in zip(merged.gradients, part.gradients, strict=True):
+            for name, gradient in some.items():
+                assert torch.equal(whole.setdefault(name, gradient), gradient), f"ranks disagree about {name}"
+    return merged
 
 
 def difference(expected: Record, found: Record) -> tuple[float, float, str]:
@@ -204,32 +149,7 @@ def difference(expected: Record, found: Record) -> tuple[float, float, str]:
     return first, largest, where
 
 
-def serve(rank: int, size: int) -> None:
-    """Take jobs from standard input until it ends; answer "done" or the error."""
-    torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        job = json.loads(line)
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(job["port"]),
-        }
-        try:
-            torch.save(vars(run(job["arguments"])), f"{job['out']}-{rank}.pt")
-            answer = "done"
-        except BaseException as error:
-            import traceback
-
-            traceback.print_exc()
-            answer = f"{type(error).__name__}: {error}".replace("\n", " ")[:500]
-        torch.compiler.reset()
-        print(answer, file=answers, flush=True)
-
-
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    torch.set_num_threads(1)
+    torch.save(vars(run(sys.argv[2:])), f"{sys.argv[1]}-{os.environ['RANK']}.pt")

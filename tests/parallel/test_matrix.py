@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cells import CELLS, Cell
-from layouts import Record, difference, flags, run
+from layouts import Record, difference, flags, run, run_on
 from support import quietly, write_documents
 
 from train.config_sources import load_config
@@ -42,11 +42,10 @@ def settings(folder, name: str, changes: dict[str, object]) -> list[str]:
 @pytest.mark.parametrize(
     "cell", [pytest.param(cell, id=cell.name, marks=[pytest.mark.slow] if cell.slow else []) for cell in CELLS]
 )
-def test_same_training(folder, pools, references, cell: Cell):
+def test_same_training(folder, references, cell: Cell):
     expected = references(cell.of_both)
-    found = pools(cell.processes).run(
-        settings(folder, cell.name.replace(" ", "-").replace(",", ""), cell.of_both | cell.changes)
-    )
+    arguments = settings(folder, cell.name.replace(" ", "-").replace(",", ""), cell.of_both | cell.changes)
+    found = run_on(cell.processes, folder, arguments)
     assert len(found.losses) == 10
     assert found.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import Record, flags, run
+from layouts import Record, flags, run, run_on
 from support import quietly
 
 from train.config_sources import load_config
@@ -26,20 +26,20 @@ PAIRS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, text_corpus, pools):
+def train(tmp_path_factory, text_corpus):
     """Train on a layout; keyword arguments change settings."""
     folder = tmp_path_factory.mktemp("resume")
 
-    def run_on(layout: str, name: str, **changes: object) -> tuple[Record, str]:
+    def on(layout: str, name: str, **changes: object) -> tuple[Record, str]:
         processes, degrees = LAYOUTS[layout]
         given = {"training__steps": STEPS, "validation__interval": 0, **degrees, **changes}
         arguments = flags(folder, text_corpus, name.replace(" ", "-"), data__dir=folder / "data", **given)
         if processes == 1:
             quietly(load_config([], arguments, 1))
             return run(arguments), str(folder / name.replace(" ", "-"))
-        return pools(processes).run(arguments), str(folder / name.replace(" ", "-"))
+        return run_on(processes, folder, arguments), str(folder / name.replace(" ", "-"))
 
-    return run_on
+    return on
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support import losses, quietly, read_metrics, run_python, tiny_flags
+from support import fork_python, losses, quietly, read_metrics, run_python, tiny_flags
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -54,7 +54,7 @@ def checkpoint_of(run: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, text_corpus, pools) -> Path:
+def runs(tmp_path_factory, text_corpus) -> Path:
     """For each optimizer: `one` and `two` processes straight, and both continuing the other's checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("optimizers")
 
@@ -70,9 +70,10 @@ def runs(tmp_path_factory, text_corpus, pools) -> Path:
 
     for name in NAMES:
         here(flags(name, "one", 1))
-        pools(2).run(flags(name, "two", 2))
+        fork_python(folder, "train/main.py", *flags(name, "two", 2), processes=2)
         step_10 = folder / f"{name}-one" / "checkpoints" / "step-00000010"
-        pools(2).run(flags(name, "one-then-two", 2, checkpoint__resume=step_10))
+        resumed = flags(name, "one-then-two", 2, checkpoint__resume=step_10)
+        fork_python(folder, "train/main.py", *resumed, processes=2)
         step_10 = folder / f"{name}-two" / "checkpoints" / "step-00000010"
         here(flags(name, "two-then-one", 1, checkpoint__resume=step_10))
     return folder
