@@ -262,10 +262,34 @@ class ActivationCheckpointingConfig(Section):
 class CheckpointConfig(Section):
     interval: Count = 500
     """Save every so many steps and at the end; 0 never saves."""
+    mode: Literal["async", "sync"] = "async"
+    """async: training goes on while a checkpoint is written; sync: it waits."""
     keep: PositiveCount = 2
-    """Complete checkpoints to keep."""
+    """Complete checkpoints to keep, the permanent ones not counted."""
+    permanent_interval: Count = 0
+    """Checkpoints at multiples of this step are never deleted; 0: none."""
+    dir: str = ""
+    """Folder of the run's checkpoints, or a URL that fsspec knows (s3://, gs://, ...); default: RUN/checkpoints."""
+    max_unsaved_steps: Count = 0
+    """A save that fails is tried again; the run stops when this many steps are not saved. 0: three intervals."""
     resume: str | int = "auto"
     """ "auto": the run's latest complete step, if any; "none": start anew (refused where checkpoints exist); a step; a path."""
+
+
+class FaultsConfig(Section):
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a gradient is not finite: stop the run, or leave the step's update out and count it (the host then waits for
+    every step)."""
+    max_skipped: PositiveCount = 10
+    """skip: stop after so many steps left out in a row."""
+    spike: NonNegative = 6.0
+    """Flag a loss that is this many standard deviations above the mean of the last 100 logged ones; 0: never."""
+    slow_rank: NonNegative = 1.3
+    """Name processes whose own work takes this many times the median's; 0: never."""
+    timeout: Positive = 600.0
+    """Seconds without progress after which a process counts as hanging: stacks are written and the run stops."""
+    start_timeout: Positive = 3600.0
+    """The same from the start to the first step's end, which compiles."""
 
 
 class ValidationConfig(Section):
@@ -313,6 +337,7 @@ class Config(Section):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    faults: FaultsConfig = FaultsConfig()
     metrics: MetricsConfig = MetricsConfig()
     noise: NoiseConfig = NoiseConfig()
     transforms: list[TransformSpec] = []

@@ -35,6 +35,9 @@ EXIT_OTHER = 1
 EXIT_SETUP = 2
 EXIT_NON_FINITE = 3
 EXIT_CHECKPOINT = 4
+EXIT_HANG = 5
+EXIT_PREEMPTED = 75
+"""The run was asked to stop, has saved and can go on: EX_TEMPFAIL of sysexits.h, on which schedulers requeue."""
 
 
 class JobError(Exception):

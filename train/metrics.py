@@ -94,11 +94,20 @@ class Recorder:
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._write(clean)
         self._screen.show(row)
         for sink in self._sinks:
             sink.record(clean)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Something a reader of the run should know of, beside the curves: shown, and a row of its own."""
+        if self.active:
+            self._write({"step": step, "event": kind, "message": message})
+            self._screen.say(f"step {step}: {message}")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row | {"time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         if self.active:

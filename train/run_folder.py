@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "compile.",
     "activation_checkpointing.",
     "checkpoint.",
+    "faults.",
     "metrics.",
 )
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
+        self.faults = path / "faults"
         self._lock: IO[str] | None = None
 
     @classmethod
