@@ -287,8 +287,8 @@ class TrainingData(Protocol):
         """
         ...
 
-    def save(self, batches: Any, folder: Path, rank: int) -> dict[str, Any]:
-        """The data state of a checkpoint that is being written to `folder`; a rank's own part is written there."""
+    def state(self, batches: Any, rank: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The data state that a checkpoint records, and this rank's own files for its folder."""
         ...
 
 
@@ -305,8 +305,8 @@ class PreparedData:
         first_step = first_step_of(resumed[1], self.rows, config) if resumed else 0
         return RowBatches(self.rows, config, rank, size, first_step, pin)
 
-    def save(self, batches: RowBatches, folder: Path, rank: int) -> dict[str, Any]:
-        return batches.state()
+    def state(self, batches: RowBatches, rank: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        return batches.state(), {}
 
 
 def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 
-    from train.job import JobError, run_job
+    from train.job import EXIT_PREEMPTED, JobError, run_job
 
     try:
         run_job(config)
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except JobError as error:
+        if not is_main and error.code == EXIT_PREEMPTED:
+            raise SystemExit(error.code) from None  # the main process says it
         if not is_main:
             # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
             # first. What only this process met is said a little later.

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import tomli
 
@@ -40,18 +40,31 @@ class RunFolderError(Exception):
 class RunFolder:
     """Paths inside `run.dir`/`run.name`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, checkpoints: str | None = None):
         self.path = path
+        self._checkpoints = checkpoints
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
         self._lock: IO[str] | None = None
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        return cls(Path(config.run.dir) / config.run.name)
+        return cls(Path(config.run.dir) / config.run.name, config.checkpoint.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints, which `checkpoint.dir` may have put elsewhere, also behind a URL."""
+        if self._checkpoints is None:
+            self._checkpoints = self.read_config().checkpoint.dir if self.config_file.exists() else ""
+        if not self._checkpoints:
+            return self.path / "checkpoints"
+        if "://" not in self._checkpoints:
+            return Path(self._checkpoints) / self.path.name
+        from upath import UPath
+
+        return cast(Path, UPath(self._checkpoints) / self.path.name)
 
     def check(self, config: Config) -> None:
         """
@@ -105,17 +118,25 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.config_file, to_toml(config))
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`; a torn last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+        return rows
+
     def cut_metrics_after(self, step: int) -> None:
         """Drop metrics of steps beyond the checkpoint: they will be written again. A torn last line goes too."""
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
         _write_atomically(self.metrics_file, "".join(kept))
 
 

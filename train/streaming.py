@@ -16,7 +16,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -287,14 +286,6 @@ class StreamBatches:
         self._loader = None  # with the last reference to the loader its worker ends
 
 
-def write_state(folder: Path, rank: int, state: State) -> None:
-    """Write one rank's state into a checkpoint that is not committed yet."""
-    with open(folder / f"stream-rank-{rank:05d}.json", "w", encoding="utf-8") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_state(folder: Path, rank: int) -> State:
     """One rank's state out of a checkpoint; with more ranks than wrote it, rank 0's, which `StreamBatches` refuses.
 
@@ -338,13 +329,12 @@ class StreamedData:
         state = read_state(resumed[0], rank) if resumed else None
         return StreamBatches(config, self.tokenizer, rank, size, pin, state)
 
-    def save(self, batches: StreamBatches, folder: Path, rank: int) -> State:
-        write_state(folder, rank, batches.state())
+    def state(self, batches: StreamBatches, rank: int) -> tuple[State, dict[str, bytes]]:
         # The same record as of prepared data; its fingerprint keeps it from going on with shards.
         record = DataState(
             0, batches.identity["seed"], batches.rows_consumed, f"stream-{batches.identity['fingerprint']}"
         )
-        return asdict(record)
+        return asdict(record), {f"stream-rank-{rank:05d}.json": json.dumps(batches.state()).encode()}
 
 
 class _InMemory(np.ndarray):

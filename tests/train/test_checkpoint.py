@@ -70,38 +70,90 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(run_here, tmp_path):
         )
 
 
-def test_a_disk_that_is_full_while_saving_ends_the_run_clearly_and_loses_nothing(run_here, tmp_path, monkeypatch):
-    straight = run_here("straight")
-    run_here(training__stop_after=10)
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk without room for some steps' checkpoints; gives the list of the files that met it."""
     import errno
 
-    fsync, calls = os.fsync, []
+    fsync, met = os.fsync, []
 
-    def full(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if "step-00000015" in path:
-            calls.append(path)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+    def fill(*steps: int) -> list[str]:
+        def full(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if any(f"step-{step:08d}/__" in path for step in steps):
+                met.append(path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
+        return met
+
+    return fill
+
+
+def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(run_here, tmp_path, full_disk):
+    straight = run_here("straight")
+    met = full_disk(10)
+    rows = run_here(checkpoint__mode="sync")
+    assert len(met) == 1
+    assert losses(rows) == losses(straight)
+    (failed,) = [row for row in rows if row.get("event") == "save_failed"]
+    assert failed["step"] == 10
+    assert "could not save step 10" in failed["message"]
+    assert "No space left on device" in failed["message"]
+    assert "last complete one is step 5" in failed["message"]
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 11, 15, 20]
+
+
+def test_the_run_stops_before_it_would_lose_more_than_it_may(run_here, tmp_path, full_disk):
+    straight = run_here("straight")
+    full_disk(*range(6, 21))
     with pytest.raises(
-        JobError, match=r"(?s)could not save step 15.*No space left on device.*last complete one is step 10"
+        JobError, match=r"(?s)6 steps are not saved, and checkpoint.max_unsaved_steps allows 6: could not save"
     ) as no:
+        run_here(checkpoint__mode="sync", checkpoint__max_unsaved_steps=6)
+    assert no.value.code == 4
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5]
+    full_disk()
+    assert [row for row in losses(run_here()) if row in losses(straight)] == losses(straight)
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(run_here, full_disk, monkeypatch):
+    monkeypatch.setattr("train.trainer.PAUSES", (0.0, 0.01))
+    met = full_disk(20)
+    with pytest.raises(JobError, match=r"(?s)could not save step 20.*last complete one is step 15") as no:
         run_here()
     assert no.value.code == 4
-    assert calls, "the simulated full disk was never met"
-    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 10]
-    monkeypatch.setattr(os, "fsync", fsync)
-    rows = run_here()
-    assert [row for row in losses(rows) if row in losses(straight)] == losses(straight)
+    assert len(met) == 2
 
 
-def test_damaged_files_are_named(run_here, tmp_path):
-    run_here(training__stop_after=5)
-    for file in (tmp_path / "run" / "checkpoints" / "step-00000005").glob("*.distcp"):
+def damage(folder: Path) -> None:
+    for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(JobError, match=r"could not load .*step-00000005") as no:
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(run_here, tmp_path, capsys):
+    straight = run_here("straight")
+    run_here(training__stop_after=10)
+    folder = tmp_path / "run" / "checkpoints"
+    damage(folder / "step-00000010")
+    assert losses(run_here()) == losses(straight)
+    assert (folder / "step-00000010.damaged").is_dir()
+    assert "trying the one before it" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_named(run_here, tmp_path):
+    run_here(training__stop_after=10)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000010")
+    with pytest.raises(JobError, match=r"could not load .*step-00000010.*other complete steps: 5") as no:
+        run_here(checkpoint__resume=10)
+    assert no.value.code == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run_here, tmp_path):
+    run_here(training__stop_after=5)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000005")
+    with pytest.raises(JobError, match=r"(?s)could not load .*No other checkpoint is complete") as no:
         run_here()
     assert no.value.code == 4
 
