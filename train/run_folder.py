@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "faults.",
     "metrics.",
+    "profiling.",
 )
 
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
+        self.profiles = path / "profiles"
         self._lock: IO[str] | None = None
 
     @classmethod

@@ -36,6 +36,7 @@ from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, finiteness, learning_rate, materialise_state
+from train.profiling import StepProfiler
 from train.run_folder import RunFolder
 from train.tokenizer import Tokenizer
 from transforms.context import TRAINING, VALIDATION, places
@@ -145,9 +146,13 @@ class Trainer:
         config, batches = self.config, self.batches
         gc.collect()
         self.after_update()
+        profiler = StepProfiler(
+            config.profiling, self.folder.profiles, self.mesh, recorder.say, self.step, self.last_step
+        )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
             self.throughput.restart(self.step, 0.0)
+            profiler.start()
             for rows in batches:
                 if self.step >= self.last_step:
                     break
@@ -165,7 +170,10 @@ class Trainer:
                     self.throughput.restart(self.step, batches.waited)
                 if self.step % GC_INTERVAL == 0:
                     gc.collect(1)
+                if profiler.end_step(self.step):
+                    self.throughput.restart(self.step, batches.waited)
         finally:
+            profiler.close()
             gc.enable()
             batches.close()
 
