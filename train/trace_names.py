@@ -31,7 +31,7 @@ _OPERATORS = (
     ("optimizer and clipping", r"::_(fused_adam|foreach|fused_sgd)|^optimizer"),
     ("compiled code", r"compiled|dynamo|pregraph|aotdispatcher|^cpp_fused"),
     (COPY, r"copy|::(clone|cat|stack|contiguous|fill_|zero_|zeros\w*|empty\w*|_to_copy|to|chunk_cat|resize_)$"),
-    ("reduction", r"::(sum|mean|max|min|amax|norm|_?(log_)?softmax\w*|nll_loss\w*|logsumexp|all|any|cumsum)|norm(?!al)"),
+    ("reduction", r"::(sum|mean|max|min|amax|norm|_?(log_)?softmax\w*|nll_loss\w*|logsumexp|all|any|cumsum)\b|norm(?!al)"),
     ("indexing", r"index|gather|scatter|embedding|sort|nonzero"),
     ("autograd", r"^autograd::|backward0?$"),
     ("elementwise", r"^aten::"),
@@ -83,6 +83,7 @@ def _without_templates(name: str) -> tuple[str, str]:
     for character in name.replace("(anonymous namespace)", "anonymous"):
         if character == "<":
             depth += 1
+            inside.append(" ")
         elif character == ">" and depth:
             depth -= 1
         else:

@@ -278,6 +278,8 @@ def _self_time(segments: Iterable[Segment]) -> list[Row]:
             continue
         row = rows.setdefault(event.name, Row(event.name, operator_group(event.name), 0, 0.0))
         row.ms += (segment.end - segment.start) / 1e3
+        while event.parent is not None and event.parent.name == event.name:
+            event = event.parent  # an overload that calls another one: one call
         if id(event) not in seen:
             seen.add(id(event))
             row.count += 1
@@ -317,13 +319,13 @@ def _device_gaps(gaps: list[Interval], window: Interval, events: list[Event], tr
         if thread is not None:
             if thread not in nested:
                 nested[thread] = nest(threads[thread])
-            host = _doing(nested[thread], start, end)
+            host = _described(_doing(nested[thread], start, end))
         found.append(Gap((start - window[0]) / 1e3, (end - start) / 1e3, host))
     return found
 
 
-def _doing(segments: list[Segment], start: float, end: float) -> str:
-    """What a thread did for most of an interval, with the operator and the annotation around it."""
+def _doing(segments: list[Segment], start: float, end: float) -> Event | None:
+    """The innermost event of a thread for most of an interval; None where nothing was recorded for longer."""
     times: dict[int, float] = defaultdict(float)
     events: dict[int, Event] = {}
     # Segments neither overlap nor come out of order, so the ends are sorted too.
@@ -334,23 +336,31 @@ def _doing(segments: list[Segment], start: float, end: float) -> str:
         events[id(segment.event)] = segment.event
     longest = max(times, key=lambda key: times[key], default=None)
     if longest is None or times[longest] < end - start - math.fsum(times.values()):
+        return None
+    return events[longest]
+
+
+def _described(event: Event | None) -> str:
+    if event is None:
         return "nothing recorded"
-    return _described(events[longest])
-
-
-def _described(event: Event) -> str:
-    names: list[str] = []
+    names = _around(event)
     if event.category == ANNOTATION:
-        names = ["no operator (Python, or waiting)"]
-    wanted = {"cpu_op", "python_function", ANNOTATION}
-    around: Event | None = event
-    while around is not None and wanted:
-        plain = around.category in wanted and not STEP.fullmatch(around.name)
-        if plain or (around is event and event.category != ANNOTATION):
-            names.append(around.name if len(around.name) <= 64 else f"{around.name[:61]}...")
-            wanted.discard(around.category)
-        around = around.parent
+        names = ["no operator (Python, or waiting)", *names]
+    elif event.category in RUNTIME_CATEGORIES:
+        names = [event.name, *names]
     return " in ".join(names)
+
+
+def _around(event: Event | None) -> list[str]:
+    """The innermost operator, Python function and annotation, from the event itself outwards."""
+    names: list[str] = []
+    wanted = {"cpu_op", "python_function", ANNOTATION}
+    while event is not None and wanted:
+        if event.category in wanted and not STEP.fullmatch(event.name):
+            names.append(event.name if len(event.name) <= 64 else f"{event.name[:61]}...")
+            wanted.discard(event.category)
+        event = event.parent
+    return names
 
 
 def _host_gaps(gaps: list[Interval], window: Interval, events: list[Event], segments: list[Segment]) -> list[Gap]:
@@ -366,7 +376,7 @@ def _host_gaps(gaps: list[Interval], window: Interval, events: list[Event], segm
         where = f"after {by_end[before - 1].name}" if before else "at the beginning"
         if after < len(operators):
             where += f", before {operators[after].name}"
-        doing = _doing(segments, start, end).partition(" in ")[2]
-        where += f", in {doing}" if doing else ""
+        around = _around(_doing(segments, start, end))
+        where += f", in {' in '.join(around)}" if around else ""
         found.append(Gap((start - window[0]) / 1e3, (end - start) / 1e3, where))
     return found
