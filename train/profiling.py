@@ -76,8 +76,10 @@ class StepProfiler:
         elif self._remembering:
             torch.cuda.memory._record_memory_history(enabled=None)
         self._end_mark()
-        if self._recording:
+        if self._profile is not None:
             with suppress(Exception):  # after an error of the device; that one is to be seen
+                if not self._recording:
+                    self._profile.start_trace()  # one that is prepared can only be left this way
                 self._profile.stop_trace()
             self.say(f"profiling: the run ended before step {self.traced[-1]} did, no trace is written")
         self._profile, self._recording, self._remembering = None, False, False

@@ -415,7 +415,7 @@ def test_kernels_have_a_kind_and_a_short_name(name, group, short):
         ("aten::mul", "elementwise"),
         ("MmBackward0", "autograd"),
         ("ProfilerStep#3", "other"),
-        ("FSDP::all_gather (0)", "other"),
+        ("fsdp::all_gather_copy_in", "copy"),
     ],
 )
 def test_operators_have_a_kind(name, group):
