@@ -9,6 +9,8 @@ from typing import Any
 from train.trace_names import COMMUNICATION
 from train.trace_summary import Row, Summary
 
+NAME_WIDTH = 64
+
 
 def trace_text(summary: Summary, top: int = 15) -> str:
     """A page about one trace, with `top` rows of kernels or operators."""
@@ -88,7 +90,7 @@ def _parts(summary: Summary, steps: int) -> list[str]:
 def _row(row: Row, summary: Summary, steps: int) -> list[str]:
     mean = row.ms / row.count * 1e3 if row.count else 0.0
     return [
-        row.name,
+        row.name if len(row.name) <= NAME_WIDTH else f"{row.name[: NAME_WIDTH - 3]}...",
         f"{row.ms / steps:.3f}",
         _share(row.ms, summary.ms),
         f"{row.count / steps:,.4g}",
