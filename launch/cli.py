@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, export, eval, sweep-noise, generate."""
+"""The command `newcompute`: plan, prepare, export, eval, sweep-noise, generate, trace."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _eval_parser(commands)
     _sweep_parser(commands)
     _generate_parser(commands)
+    _trace_parser(commands)
     return parser
 
 
@@ -149,6 +150,14 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.set_defaults(run=_generate)
+
+
+def _trace_parser(commands: Any) -> None:
+    parser = commands.add_parser("trace", help="where a step's time goes, by a trace of the profiler")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="trace (.json or .json.gz), as in RUN/profiles")
+    parser.add_argument("--top", type=_positive, default=15, metavar="N", help="kernels or operators (default 15)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with one object per trace")
+    parser.set_defaults(run=_trace)
 
 
 def _positive(text: str) -> int:
@@ -324,6 +333,19 @@ def _generate(options: argparse.Namespace) -> None:
 
     model = load_model(options.model, options.device)
     print(generate(model, options.prompt, options.max_new_tokens, options.temperature, options.seed))
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from train.trace_summary import summarize
+    from train.trace_text import comparison_text, trace_record, trace_text
+
+    summaries = [summarize(Path(file)) for file in options.files]
+    if options.json:
+        print(json.dumps([trace_record(summary, options.top) for summary in summaries], indent=2))
+        return
+    print("\n\n".join(trace_text(summary, options.top) for summary in summaries))
+    if len(summaries) > 1:
+        print(f"\n{comparison_text(summaries)}")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,10 @@ def length_problems(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     steps = total_steps(config, shape)
     if config.schedule.warmup_steps is not None and config.schedule.warmup_steps > steps:
         yield Problem(f"longer than the run of {steps} steps", "schedule.warmup_steps", config.schedule.warmup_steps)
+    for key in ("trace_step", "memory_step"):
+        step = getattr(config.profiling, key)
+        if step > steps:
+            yield Problem(f"beyond the last step, {steps}: nothing would be recorded", f"profiling.{key}", step)
     # The sizes of clm name the context they were published with; their rotary table can be of any length.
     limited = config.model.name == "llama3" or config.model.init_from
     if limited and config.training.sequence_length > shape.max_context:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "faults.",
     "metrics.",
+    "profiling.",
 )
 
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
+        self.profiles = path / "profiles"
         self._lock: IO[str] | None = None
 
     @classmethod

@@ -37,6 +37,7 @@ from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, learning_rate, materialise_state
 from train.preemption import Agreement, Signals
+from train.profiling import StepProfiler
 from train.run_folder import RunFolder
 from train.saving import Checkpoints
 from train.spikes import Spikes
@@ -173,12 +174,16 @@ class Trainer:
         config, batches = self.config, self.batches
         gc.collect()
         self.after_update()
+        profiler = StepProfiler(
+            config.profiling, self.folder.profiles, self.mesh, recorder.say, self.step, self.last_step
+        )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
             stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
             if not stop and self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
+            profiler.start()
             for rows in batches:
                 if stop or self.step >= self.last_step:
                     break
@@ -199,7 +204,10 @@ class Trainer:
                     self.throughput.restart(self.step, batches.waited)
                 if self.step % GC_INTERVAL == 0:
                     gc.collect(1)
+                if profiler.end_step(self.step):
+                    self.throughput.restart(self.step, batches.waited)
         finally:
+            profiler.close()
             gc.enable()
             self.checkpoints.close()
             batches.close()
