@@ -6,6 +6,7 @@ Without torchrun it runs as one process. `--help` lists every setting.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text,
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, refuse what cannot work before anything starts, then run the job."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the job takes them over (train/preemption.py)
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
     if "--help" in arguments or "-h" in arguments:
         print(__doc__ + "\n  --config FILE.toml (repeatable; later files win, flags win over files)\n" + help_text())
         return
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 
-    from train.job import EXIT_PREEMPTED, JobError, run_job
+    from train.job import JobError, run_job
 
     try:
         run_job(config)

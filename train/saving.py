@@ -16,7 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +66,10 @@ class Saved:
     """Why it is not committed; empty where it is."""
     non_finite: str = ""
     """What was not finite, and therefore not saved."""
+    warning: str = ""
+    """What else went wrong, of no harm to the checkpoint."""
+    crash: Exception | None = None
+    """What this process could not tell the others, who wait for it."""
     seconds: float = 0.0
 
 
@@ -105,6 +111,11 @@ class Checkpoints:
     def busy(self) -> bool:
         """Whether a save is under way on this process."""
         return self._thread is not None and self._outcome is None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the thread of this process has failed and the others wait for it."""
+        return self._outcome is not None and self._outcome.crash is not None
 
     def due(self, step: int) -> bool:
         """Whether a save begins after this step: at the interval, or again after one that failed."""
@@ -161,12 +172,17 @@ class Checkpoints:
         """How the last save ended; waits for it. None where none was begun since.
 
         A failed save is tried again after a tenth of the interval.
+
+        Raises:
+            RuntimeError: the thread of this process has failed in the middle of an exchange with the others.
         """
         if self._thread is None:
             return None
         self._thread.join()
         self._thread, outcome = None, self._outcome
         assert outcome is not None
+        if outcome.crash:
+            raise RuntimeError(outcome.problem) from outcome.crash
         if outcome.problem:
             self.retry_at = step + max(1, self.settings.interval // 10)
         elif not outcome.non_finite:
@@ -220,20 +236,25 @@ class Checkpoints:
 
     def _run(self, request: _Request) -> None:
         began, step, path = time.perf_counter(), request.commit.step, request.path
+        saved = Saved(step, path)
         try:
-            non_finite = self._copy(request)
-            if not non_finite:
-                self._write(request)
-            outcome = Saved(step, path, non_finite=non_finite)
+            non_finite = self._stage(partial(self._copy, request), f"copy step {step}")
+            first_bad = min((bad for bad, _ in non_finite if bad >= 0), default=-1)
+            if first_bad >= 0:
+                saved = replace(saved, non_finite=f"the loss or gradient of step {first_bad} is not finite")
+            elif not all(finite for _, finite in non_finite):
+                saved = replace(saved, non_finite=f"a weight or optimizer moment after step {step} is not finite")
+            else:
+                saved = replace(saved, warning=self._write(request))
         except SaveFailed as error:
-            outcome = Saved(step, path, problem=str(error))
-        except Exception as error:  # a process is gone: the loop meets that as well, and says so
-            outcome = Saved(step, path, problem=f"could not save step {step} to {path}: {root_cause(error)}")
+            saved = replace(saved, problem=str(error))
+        except Exception as error:  # of this process alone, while the others wait for it: it has to end
+            saved = replace(saved, problem=f"could not save step {step} to {path}: {root_cause(error)}", crash=error)
         self._copied.set()
-        self._outcome = replace(outcome, seconds=time.perf_counter() - began)
+        self._outcome = replace(saved, seconds=time.perf_counter() - began)
 
-    def _copy(self, request: _Request) -> str:
-        """Wait for the copy in host memory, or make it; what is not finite in it on any process."""
+    def _copy(self, request: _Request) -> tuple[int, bool]:
+        """Wait for the copy in host memory, or make it: the first step that was not finite, and whether all of it is."""
         for host, local in request.copies:
             if not local.is_cuda:
                 host.copy_(local)
@@ -241,18 +262,11 @@ class Checkpoints:
             self._on_host.synchronize()
         self._copied.set()
         numbers = [host for host, _ in request.copies if host.is_floating_point() and host.numel()]
-        finite = bool(
-            torch.isfinite(torch.stack([n.float() for n in torch._foreach_norm(numbers, ord=float("inf"))])).all()
-        )
-        step, first_bad = request.commit.step, int(request.first_bad_step)
-        found = self._gather((first_bad if first_bad >= 0 else step + 1, finite))
-        first_bad = min(bad for bad, _ in found)
-        if first_bad <= step:
-            return f"the loss or gradient of step {first_bad} is not finite"
-        return "" if all(ok for _, ok in found) else f"a weight or optimizer moment after step {step} is not finite"
+        largest = torch.stack([number.float() for number in torch._foreach_norm(numbers, ord=float("inf"))])
+        return int(request.first_bad_step), bool(torch.isfinite(largest).all())
 
-    def _write(self, request: _Request) -> None:
-        """Write, commit, verify, and delete what is no longer kept."""
+    def _write(self, request: _Request) -> str:
+        """Write, commit, verify, and delete what is no longer kept; what went wrong with the last."""
         path, commit = request.path, request.commit
         step = f"step {commit.step} to {path}"
         self._on_main(lambda: _make_empty(path), f"prepare {path}")
@@ -262,10 +276,14 @@ class Checkpoints:
             dcp.save(request.staged, storage_writer=writer, process_group=self.group)
         except (CheckpointException, OSError) as error:
             raise SaveFailed(self.advice(f"could not save {step}: {root_cause(error)}")) from error
-        self._on_all(lambda: _write_durably(path, request.files), f"save {step}")
+        self._stage(lambda: _write_durably(path, request.files), f"save {step}")
         self._on_main(lambda: self._commit(path, commit), f"commit {path}")
         self._on_main(lambda: self._verify(path), f"verify {path}")
-        self._on_main(self._remove_old, f"delete old checkpoints in {self.folder}")
+        try:
+            self._on_main(self._remove_old, f"delete old checkpoints in {self.folder}")
+        except SaveFailed as error:
+            return str(error)
+        return ""
 
     def _commit(self, path: Path, commit: Commit) -> None:
         files = checkpoint_files.file_sizes(*checkpoint_files.open_folder(str(path)))
@@ -282,7 +300,7 @@ class Checkpoints:
             raise
 
     def _remove_old(self) -> None:
-        steps = {s: p for s, p in committed_steps(self.folder).items() if not Commit.read(p).permanent}
+        steps = {step: path for step, path in committed_steps(self.folder).items() if not _permanent(path)}
         newest_verified = max((step for step, path in steps.items() if is_verified(path)), default=None)
         for step in list(steps)[: -self.settings.keep]:
             if step != newest_verified:
@@ -290,7 +308,7 @@ class Checkpoints:
                 (steps[step] / COMMIT).unlink()
                 remove_tree(steps[step])
 
-    def _gather(self, value) -> list:
+    def _gather(self, value: Any) -> list[Any]:
         if self.group is None:
             return [value]
         values = [None] * self.mesh.world_size
@@ -299,18 +317,20 @@ class Checkpoints:
 
     def _on_main(self, action: Callable[[], None], what: str) -> None:
         """Run on the main process; its failure is everyone's."""
-        self._on_all(action if self.mesh.is_main else lambda: None, what)
+        self._stage(action if self.mesh.is_main else lambda: None, what)
 
-    def _on_all(self, action: Callable[[], None], what: str) -> None:
-        """Run on every process; the failure of one is everyone's."""
-        problem = ""
+    def _stage(self, action: Callable[[], Any], what: str) -> list[Any]:
+        """Run on every process, and give everyone's result; the failure of one, whatever it is, is everyone's."""
+        problem, result = "", None
         try:
-            action()
-        except (OSError, CheckpointError, DamagedCheckpoint) as error:
+            result = action()
+        except Exception as error:
             problem = f"could not {what}: {error}"
-        problems = [found for found in self._gather(problem) if found]
+        found = self._gather((problem, result))
+        problems = [problem for problem, _ in found if problem]
         if problems:
             raise SaveFailed(self.advice(problems[0]))
+        return [result for _, result in found]
 
     def advice(self, problem: str) -> str:
         """A problem with what is safe and what to do."""
@@ -378,6 +398,13 @@ def remove_tree(path: Path, ignore_errors: bool = False) -> None:
         path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def _permanent(path: Path) -> bool:
+    try:
+        return Commit.read(path).permanent
+    except CheckpointError:
+        return True  # what cannot be read is not ours to delete
 
 
 def _make_empty(path: Path) -> None:

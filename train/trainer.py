@@ -437,7 +437,7 @@ class Trainer:
         """
         checkpoints, settings = self.checkpoints, self.config.checkpoint
         due = checkpoints.due(self.step)
-        problem = self.settle(recorder) if due or now or not saving else ""
+        problem = self.settle(recorder) if due or now or not saving or checkpoints.crashed else ""
         if now and settings.interval:
             for pause in PAUSES:
                 if checkpoints.last_saved == self.step:
@@ -477,6 +477,8 @@ class Trainer:
             recorder.event(self.step, "save_failed", saved.problem)
         else:
             recorder.say(f"saved {saved.path}")
+            if saved.warning:
+                recorder.event(self.step, "save_warning", saved.warning)
         return saved.problem
 
     def check_finite(self) -> None:
