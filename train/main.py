@@ -15,6 +15,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
 from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
+from train.outcome import tell_launcher  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
         files, _, flags = split_arguments(arguments)
         config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
+        if tell_launcher(EXIT_CONFIG, str(error)):
+            return
         if not is_main:
             time.sleep(
                 15
@@ -43,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except JobError as error:
+        if tell_launcher(error.code, str(error)):
+            return
         if not is_main:
             # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
             # first. What only this process met is said a little later.
