@@ -28,7 +28,8 @@ max_requeues=${MAX_REQUEUES:-5}
 preflight=${PREFLIGHT:-1}
 
 # The first node hosts the rendezvous; the port follows from the job, so that two jobs on a node do not meet.
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 20000))
 start=${SLURM_RESTART_COUNT:-0}
 

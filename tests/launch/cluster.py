@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import ROOT
+from support import ROOT, fork_script
 
 STANDIN = Path(__file__).parent / "slurm" / "standin.py"
 WORKER = str(Path(__file__).parent / "worker.py")
@@ -34,32 +34,28 @@ class Node:
 
     def __init__(self, folder: Path, name: str, *arguments: str):
         self.mark, self.err = f"{folder}/{name}.", folder / f"{name}.err"
-        with open(self.err, "w") as err, open(folder / f"{name}.out", "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch.elastic", *arguments],
-                cwd=ROOT,
-                env=os.environ | {"STANDIN_NODE": self.mark, "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+        # In a process that has torch imported already: the import is most of a launcher's time.
+        self.process = fork_script(
+            folder / name, "launch/elastic.py", *arguments, STANDIN_NODE=self.mark, GLOO_SOCKET_IFNAME="lo"
+        )
 
     def wait(self) -> int:
-        try:
-            return self.process.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"the launcher does not end:\n{self.err.read_text()}") from None
+        self.process.join(DEADLINE)
+        assert self.process.exitcode is not None, f"the launcher does not end:\n{self.err.read_text()}"
+        return self.process.exitcode
 
     def said(self) -> str:
         """What the launcher itself printed, torch's log left out."""
         return "".join(line + "\n" for line in lines(self.err) if not line.startswith(("W1", "E1", "I1", "W0", "E0", "I0")))
 
     def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
         slurm_standin().kill_all(self.mark)
-        self.process.wait()
 
     def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
 
 
 def rendezvous(nodes: int, restarts: int = 0, processes: int = 2) -> list[str]:

@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-KILL_WAIT = 10.0
+KILL_WAIT = 5.0
+"""Seconds from SIGTERM to SIGKILL; 30 in SLURM."""
 ROOT = Path(os.environ["STANDIN_SLURM"])
 
 
@@ -207,7 +208,7 @@ def srun(words: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: send(f"{job}/{step}/", number))
     ending: float | None = None
-    while any(task.poll() is None for task in tasks):
+    while None in [task.poll() for task in tasks]:
         time.sleep(0.05)
         if ending is None and options.get("kill-on-bad-exit") == "1" and any(task.returncode for task in tasks):
             send(f"{job}/{step}/", signal.SIGTERM)
