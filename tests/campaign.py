@@ -19,7 +19,7 @@ from support import fork_python, losses, quietly, read_metrics, tiny_flags, writ
 
 from train.checkpoint import CheckpointError, checkpoint_names, committed_steps, read_tensors
 from train.config_sources import load_config
-from train.job import EXIT_CHECKPOINT, EXIT_HANG, EXIT_PREEMPTED
+from train.outcome import EXIT_CHECKPOINT, EXIT_HANG, EXIT_PREEMPTED
 
 STEPS = 12
 SETTINGS: dict[str, object] = {
@@ -217,6 +217,8 @@ class Campaign:
         if fault["phase"] in ("commit", "verify", "delete"):
             fault["rank"] = 0  # the others have no part in it
         late = scenario.damage is not None  # two checkpoints are there by then
+        if fault["phase"] in ("start", "build"):
+            return fault
         return fault | {"step": min(STEPS - 1, newest + dice.randint(6 if late else 0, 8))}
 
     def _flags(self, name: str, processes: int) -> list[str]:
@@ -226,5 +228,5 @@ class Campaign:
 
 
 def _describe(fault: dict[str, Any]) -> str:
-    where = f"after {fault['after']} s" if "after" in fault else f"in {fault['phase']} from step {fault['step']}"
+    where = f"after {fault['after']} s" if "after" in fault else f"in {fault['phase']} from step {fault.get('step', 0)}"
     return f"{fault['action']} of process {fault['rank']} {where}"

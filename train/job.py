@@ -25,20 +25,13 @@ from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
 from train.metrics import Recorder
+from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
 from transforms.apply import table
-
-EXIT_OTHER = 1
-EXIT_SETUP = 2
-EXIT_NON_FINITE = 3
-EXIT_CHECKPOINT = 4
-EXIT_HANG = 5
-EXIT_PREEMPTED = 75
-"""The run was asked to stop, has saved and can go on: EX_TEMPFAIL of sysexits.h, on which schedulers requeue."""
 
 
 class JobError(Exception):
@@ -88,13 +81,15 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
     except NonFinite as error:
         raise JobError(str(error), EXIT_NON_FINITE) from error
     except CheckpointError as error:
-        raise JobError(str(error), checkpoint_code) from error
+        # Where a peer died during the save, starting again helps: not an error of the checkpoint.
+        raise JobError(str(error), EXIT_OTHER if _peer_ended(error) else checkpoint_code) from error
     except (ConfigError, DataError, RunFolderError, ValueError) as error:
         raise JobError(str(error), EXIT_SETUP) from error
     except OSError as error:
-        raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", EXIT_SETUP) from error
+        code = EXIT_OTHER if isinstance(error, ConnectionError | TimeoutError) else EXIT_SETUP
+        raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", code) from error
     except RuntimeError as error:
-        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        if _peer_ended(error):
             raise JobError("another process of this run has ended; its message says why", EXIT_OTHER) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -104,6 +99,15 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
             "`newcompute plan` estimates the memory.",
             EXIT_SETUP,
         ) from error
+
+
+def _peer_ended(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that another process has closed its connection."""
+    while error is not None:
+        if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_before_start(config: Config, folder: RunFolder) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.outcome import leave_at_once
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPT = signal.SIGUSR2
 """What our own thread sends to the main thread, which would sleep through the others: they are blocked there."""
@@ -90,11 +92,9 @@ class Signals:
             print(f"{who}: saving at the end of this step, then stopping", file=sys.stderr, flush=True)
 
     def _insist(self) -> None:
-        from train.job import EXIT_PREEMPTED  # it imports this file
-
         time.sleep(PATIENCE)
         if self.at_once:
-            os._exit(EXIT_PREEMPTED)
+            leave_at_once()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.at_once:

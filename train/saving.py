@@ -48,7 +48,6 @@ from train.checkpoint import (
     root_cause,
     verify,
 )
-from train.checkpoint_metadata import DamagedCheckpoint
 from train.config import CheckpointConfig
 from train.optimizer import distributed_like, plain_moment, set_moment
 

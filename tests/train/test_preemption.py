@@ -14,7 +14,7 @@ from support import ROOT, fork_python, losses, quietly, read_metrics, tiny_flags
 
 from train.checkpoint import committed_steps
 from train.config_sources import load_config
-from train.job import EXIT_PREEMPTED
+from train.outcome import EXIT_PREEMPTED
 from train.preemption import Preempted, Signals
 
 SETTINGS = {"training__steps": 8, "checkpoint__interval": 3, "validation__interval": 4, "schedule__warmup_steps": 2}
