@@ -61,7 +61,7 @@ class RunFolder:
         if not self.config_file.exists():
             return
         stored = self.read_config()
-        mine, theirs = _flat(config.model_dump()), _flat(stored.model_dump())
+        mine, theirs = flat(config.model_dump()), flat(stored.model_dump())
         keys = [key for key in sorted(mine.keys() | theirs.keys()) if not key.startswith(MAY_CHANGE)]
         different = [key for key in keys if mine.get(key) != theirs.get(key)]
         if different:
@@ -119,14 +119,15 @@ class RunFolder:
         _write_atomically(self.metrics_file, "".join(kept))
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings under their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _write_atomically(path: Path, text: str) -> None:
