@@ -53,6 +53,7 @@ class Chart:
     curves: list[Curve]
     from_zero: bool = False
     may_be_log: bool = False
+    may_be_smoothed: bool = False
 
 
 def decimate(points: Sequence[Point], limit: int = LIMIT) -> list[Point]:
@@ -63,12 +64,12 @@ def decimate(points: Sequence[Point], limit: int = LIMIT) -> list[Point]:
     kept = {0, len(points) - 1}
     for i in range(stretches):
         start, end = i * len(points) // stretches, (i + 1) * len(points) // stretches
-        finite = [j for j in range(start, end) if points[j][1] is not None]
+        finite = [(value, j) for j in range(start, end) if (value := points[j][1]) is not None]
         gap = next((j for j in range(start, end) if points[j][1] is None), None)
         if gap is not None:
             kept.add(gap)
         if finite:
-            kept |= {min(finite, key=lambda j: points[j][1]), max(finite, key=lambda j: points[j][1])}
+            kept |= {min(finite)[1], max(finite)[1]}
     return [points[j] for j in sorted(kept)]
 
 
@@ -124,7 +125,7 @@ def draw(chart: Chart, steps: tuple[float, float], marks: Sequence[Mark]) -> str
     if values is None:
         return f"{head}<p class=empty>Nothing finite was logged.</p></figure>"
     horizontal = [(100 * (values[1] - tick) / (values[1] - values[0]), tick) for tick in ticks(*values)]
-    vertical = [(100 * (tick - steps[0]) / (steps[1] - steps[0]), tick) for tick in ticks(*steps, at_most=4)]
+    vertical = [(100 * (tick - steps[0]) / (steps[1] - steps[0]), tick) for tick in ticks(*steps, at_most=6)]
     grid = [f"M0 {10 * place:.1f}H{SIDE:g}" for place, _ in horizontal]
     grid += [f"M{10 * place:.1f} 0V{SIDE:g}" for place, _ in vertical]
     body = [f'<path class=grid d="{"".join(grid)}"/>']
@@ -136,7 +137,9 @@ def draw(chart: Chart, steps: tuple[float, float], marks: Sequence[Mark]) -> str
         )
     for i, curve in enumerate(chart.curves):
         d = path(curve.points, steps, values)
-        body.append(f'<path class="line {style_of(curve.run)}{" thin" if curve.dotted else ""}" data-curve="{i}" d="{d}"/>')
+        body.append(
+            f'<path class="line {style_of(curve.run)}{" thin" if curve.dotted else ""}" data-curve="{i}" d="{d}"/>'
+        )
         if curve.dotted or len(curve.points) == 1:
             dots = path([p for point in curve.points for p in (point, (point[0], None))], steps, values)
             body.append(f'<path class="dots c{curve.run % COLORS}" data-curve="{i}" d="{dots}"/>')

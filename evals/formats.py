@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"))
+import re
+
+_LOGIN = re.compile(r"(\w://)[^/@\s\"']+@")
+_SIGNATURE = re.compile(
+    r"(?i)([?&][^=&\s\"']*(?:token|secret|key|signature|credential|password|sig)[^=&\s\"']*=)[^&\s\"']+"
+)
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def figure(value: float | None, digits: int = 4) -> str:
@@ -26,7 +33,7 @@ def short(value: float) -> str:
     """For the ticks of an axis: 12000 is 12k."""
     for unit, letter in UNITS:
         if abs(value) >= unit:
-            return f"{value / (1e3 if letter == 'k' else unit):.4g}{letter}"
+            return f"{value / unit:.4g}{letter}"
     return f"{value:.4g}"
 
 
@@ -58,3 +65,8 @@ def duration(seconds: float | None) -> str:
 def one_line(text: str) -> str:
     """Without what would move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def redact(text: str) -> str:
+    """Without passwords and signatures that an address may carry: a configuration has no other place for secrets."""
+    return _SIGNATURE.sub(r"\1***", _LOGIN.sub(r"\1***@", text))

@@ -12,8 +12,8 @@
   const xOf = (run, step) => (chosen("axis").value === "tokens" ? step * data.runs[run].tokens_per_step : step);
 
   function short(value) {
-    for (const [unit, divisor, letter] of [[1e12, 1e12, "T"], [1e9, 1e9, "B"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]])
-      if (Math.abs(value) >= unit) return String(Number((value / divisor).toPrecision(4))) + letter;
+    for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
+      if (Math.abs(value) >= unit) return String(Number((value / unit).toPrecision(4))) + letter;
     return String(Number(value.toPrecision(4)));
   }
 
@@ -70,7 +70,7 @@
   function redraw(figure) {
     const chart = data.charts[figure.dataset.key], svg = figure.querySelector("svg");
     if (!svg) return;
-    const weight = Number(chosen("smoothing").value), scaleX = (run, step) => xOf(run, step);
+    const weight = chart.may_be_smoothed ? Number(chosen("smoothing").value) : 0, scaleX = (run, step) => xOf(run, step);
     const curves = chart.curves.map((curve) =>
       (curve.dotted || weight === 0 ? curve.points : smoothed(curve.points, weight)));
     const positive = curves.every((points) => points.every(([, value]) => value === null || value > 0));
@@ -92,7 +92,7 @@
     }
     for (const path of svg.querySelectorAll(".mark"))
       path.setAttribute("d", `M${x(scaleX(Number(path.dataset.run), Number(path.dataset.step))).toFixed(1)} 0V${SIDE}`);
-    const across = ticks(0, end, 4), up = log ? logTicks(low, high) : ticks(low, high, 5);
+    const across = ticks(0, end, 6), up = log ? logTicks(low, high) : ticks(low, high, 5);
     const rows = up.map((tick) => [(100 * (high - tick)) / (high - low), short(log ? 10 ** tick : tick)]);
     const columns = across.map((tick) => [(100 * tick) / end, short(tick)]);
     labels(figure.querySelector(".rows"), rows, "top");
@@ -115,7 +115,7 @@
       return { label: chart.curves[i].label, at: near[0], value: near[1] };
     }).filter(Boolean);
     figure.querySelector(".reading").textContent =
-      found.map((f) => `${f.label}: ${Number(f.value.toPrecision(5))} at ${short(f.at)}`).join("; ");
+      found.map((f) => `${f.label}: ${Number(f.value.toPrecision(5))} at ${f.at.toLocaleString("en")}`).join("; ");
     let cursor = figure.querySelector(".cursor");
     if (!cursor) {
       cursor = document.createElementNS(SVG, "path");

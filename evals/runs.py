@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,7 +175,7 @@ def gaps(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """(steps, seconds) between neighbouring rows, without the pauses of a run that was not running."""
     pairs = [
         (b["step"] - a["step"], b["time"] - a["time"])
-        for a, b in zip(rows, rows[1:])
+        for a, b in pairwise(rows)
         if a.get("time") and b.get("time") and b["step"] > a["step"] and b["time"] > a["time"]
     ]
     if not pairs:
@@ -351,4 +352,3 @@ def _shape_of(run: Run, folder: RunFolder) -> LlamaShape | None:
     except Exception as error:  # a tokenizer's library has errors of its own
         run.problems.append(f"the architecture cannot be told: {error}")
         return None
-

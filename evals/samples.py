@@ -25,7 +25,9 @@ def add_samples(run: Run, prompts: Sequence[str]) -> None:
     elif (export / "config.json").exists():
         source, step = export, _exported_step(export)
     else:
-        raise ValueError(f"{run.path} has neither a complete checkpoint nor an export/: nothing to generate samples with")
+        raise ValueError(
+            f"{run.path} has neither a complete checkpoint nor an export/: nothing to generate samples with"
+        )
     model = load_model(str(source))
     kept = [s for s in run.samples if s["step"] != step or s["prompt"] not in prompts]
     new = [{"step": step, "prompt": p, "text": generate(model, p, NEW_TOKENS)} for p in dict.fromkeys(prompts)]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evals.formats import count, duration, figure, one_line, share, size
-from evals.runs import Run, gaps, labels, latest, planned, read_runs, seconds_per_step, throughput
+from evals.formats import count, duration, figure, one_line, redact, share, size
+from evals.runs import Run, SavedStep, gaps, labels, latest, planned, read_runs, seconds_per_step, throughput
 
 LAST_EVENTS = 5
 SILENT = 5
@@ -101,21 +101,14 @@ def status_of(run: Run, now: float) -> Status:
         planned_tokens_per_second_per_device=plan.tokens_per_second,
         of_plan=per_device / plan.tokens_per_second if per_device and plan.tokens_per_second else None,
         plan_explanation=plan.explanation,
-        checkpoint=saved
-        and {
-            "step": saved.step,
-            "age_seconds": None if saved.time is None else now - saved.time,
-            "verified": saved.verified,
-            "permanent": saved.permanent,
-            "bytes": saved.size,
-        },
-        checkpoint_folder=run.checkpoint_folder,
+        checkpoint=_saved(saved, now),
+        checkpoint_folder=redact(run.checkpoint_folder),
         unverified_steps=[c.step for c in run.checkpoints if c.complete and not c.verified],
         events=[
             {"step": e.step, "event": e.kind, "message": e.message, "time": e.time} for e in run.events[-LAST_EVENTS:]
         ],
         num_events=len(run.events),
-        problems=run.problems,
+        problems=[redact(problem) for problem in run.problems],
     )
 
 
@@ -133,6 +126,19 @@ def print_status(paths: Sequence[str], as_json: bool) -> None:
         print("\n".join(lines(found[0], now)))
     else:
         _print_table(found, labels(runs))
+
+
+def _saved(saved: SavedStep | None, now: float) -> dict[str, Any] | None:
+    if saved is None:
+        return None
+    age = None if saved.time is None else now - saved.time
+    return {
+        "step": saved.step,
+        "age_seconds": age,
+        "verified": saved.verified,
+        "permanent": saved.permanent,
+        "bytes": saved.size,
+    }
 
 
 def _state(run: Run, now: float) -> tuple[str, str]:

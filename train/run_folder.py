@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,8 @@ MAY_CHANGE = (
     "faults.",
     "metrics.",
 )
+
+LOCK_TRIALS = 3
 
 
 class RunFolderError(Exception):
@@ -78,13 +81,21 @@ class RunFolder:
             RunFolderError: another job is using the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the job
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
-            ) from None
+        file = self.path / ".lock"
+        self._lock = open(file, "a")  # noqa: SIM115 - held as long as the job
+        for trial in range(LOCK_TRIALS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # `newcompute status` takes it for an instant, to see whether a job has it.
+                if trial < LOCK_TRIALS - 1:
+                    time.sleep(0.1)
+                    continue
+                raise RunFolderError(
+                    f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
+                ) from None
+        os.utime(file)  # when this job began
 
     def unlock(self) -> None:
         if self._lock is not None:
