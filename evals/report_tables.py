@@ -192,8 +192,10 @@ def events(run: Run) -> str:
 
 
 def _moment(seconds: float | None) -> str:
+    """HTML that breaks between day and time only."""
     try:
-        return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+        form = "<span class=whole>%Y-%m-%d</span> <span class=whole>%H:%M:%S</span>"
+        return "-" if seconds is None else time.strftime(form, time.gmtime(seconds))
     except (OverflowError, ValueError, OSError):
         return "-"
 

@@ -138,12 +138,15 @@ def main() -> None:
     page_file, folder = Path(sys.argv[1]), Path(sys.argv[2])
     program = find_chromium()
     assert program is not None, "there is no Chromium here"
+    from PIL import Image
+
     with chromium(program) as page:
         for size, width, height in (("phone", 390, 1700), ("desktop", 1400, 1700)):
             for scheme in ("light", "dark"):
                 file = folder / f"report-{size}-{scheme}.png"
                 page.open(page_file, width, height, scheme)
                 page.screenshot(file)
+                Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
                 print(file, file.stat().st_size, page.errors, page.requests)
 
 
