@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +133,9 @@ def _keys(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _key(key: str) -> str:
-    return f"<th scope=row>{escape(key)}</th>"
+    """A setting's name, which breaks behind its dots and underscores where there is little room."""
+    breakable = re.sub(r"([._])", r"\1<wbr>", escape(key))
+    return f"<th scope=row>{breakable}</th>"
 
 
 def _shown(setting: dict[str, Any], key: str) -> str:

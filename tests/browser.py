@@ -110,7 +110,7 @@ def chromium(program: str) -> Iterator[Page]:
     os.close(read_commands)
     os.close(write_answers)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-lcd-text", "--disable-dev-shm-usage", "--no-first-run",
                  "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "-c", _START, *map(str, theirs), program, *flags],
@@ -146,7 +146,9 @@ def main() -> None:
                 file = folder / f"report-{size}-{scheme}.png"
                 page.open(page_file, width, height, scheme)
                 page.screenshot(file)
-                Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+                Image.open(file).convert("RGB").quantize(
+                    256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+                ).save(file, optimize=True)
                 print(file, file.stat().st_size, page.errors, page.requests)
 
 
