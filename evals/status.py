@@ -162,7 +162,7 @@ def _state(run: Run, now: float) -> tuple[str, str]:
     if run.total_steps is not None and run.step >= run.total_steps:
         return "finished", ago
     if run.last_step is not None and run.step >= run.last_step:
-        return "stopped", "at training.stop_after"
+        return "stopped", "as stop_after asks"
     return "not running", ago or "nothing logged"
 
 

@@ -146,9 +146,7 @@ def main() -> None:
                 file = folder / f"report-{size}-{scheme}.png"
                 page.open(page_file, width, height, scheme)
                 page.screenshot(file)
-                Image.open(file).convert("RGB").quantize(
-                    256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-                ).save(file, optimize=True)
+                Image.open(file).convert("RGB").save(file, optimize=True)
                 print(file, file.stat().st_size, page.errors, page.requests)
 
 
