@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, export, eval, sweep-noise, generate, trace."""
+"""The command `newcompute`: plan, prepare, status, report, trace, export, eval, sweep-noise, generate."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_user_error(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
     from train.checkpoint import CheckpointError
     from train.corpus import DataError
     from train.run_folder import RunFolderError
 
-    return isinstance(error, ValueError | OSError | CheckpointError | DataError | RunFolderError)
+    return isinstance(error, CheckpointError | DataError | RunFolderError)
 
 
 def _readable(error: Exception) -> Exception:
@@ -67,12 +69,37 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in CONFIG_COMMANDS.items():
         commands.add_parser(name, help=text)
+    _status_parser(commands)
+    _report_parser(commands)
     _export_parser(commands)
     _eval_parser(commands)
     _sweep_parser(commands)
     _generate_parser(commands)
     _trace_parser(commands)
     return parser
+
+
+def _status_parser(commands: Any) -> None:
+    parser = commands.add_parser("status", help="where runs stand: step, time left, loss, throughput, checkpoints")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--json", action="store_true", help="print an array of objects, one for each run")
+    parser.set_defaults(run=_status)
+
+
+def _report_parser(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one HTML page of a run, or of several to compare")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; differences are to the first one")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help="page to write (default: RUN/report.html, of several runs report.html here)"
+    )
+    parser.add_argument(
+        "--sample",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="text to continue with each run's latest checkpoint; repeatable, kept in RUN/samples.jsonl",
+    )
+    parser.set_defaults(run=_report)
 
 
 def _export_parser(commands: Any) -> None:
@@ -201,6 +228,20 @@ def _config_command(command: str, arguments: list[str]) -> None:
         print("random data needs no preparation")
 
 
+def _status(options: argparse.Namespace) -> None:
+    from evals.status import print_status
+
+    print_status(options.runs, options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from evals.report import write_report
+
+    if options.out:
+        _check_writable(Path(options.out))
+    print(write_report(options.runs, Path(options.out) if options.out else None, options.sample))
+
+
 def _export(options: argparse.Namespace) -> None:
     from train.export import export, open_trained
 
@@ -214,7 +255,7 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate: give --text FILE or --tasks NAME")
     _refuse_noise_options(options)
     from evals.models import load_model
-    from evals.report import print_results
+    from evals.results import print_results
 
     if options.out:
         _check_writable(Path(options.out))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +33,8 @@ MAY_CHANGE = (
     "metrics.",
     "profiling.",
 )
+
+LOCK_TRIALS = 3
 
 
 class RunFolderError(Exception):
@@ -76,7 +79,7 @@ class RunFolder:
         if not self.config_file.exists():
             return
         stored = self.read_config()
-        mine, theirs = _flat(config.model_dump()), _flat(stored.model_dump())
+        mine, theirs = flat(config.model_dump()), flat(stored.model_dump())
         keys = [key for key in sorted(mine.keys() | theirs.keys()) if not key.startswith(MAY_CHANGE)]
         different = [key for key in keys if mine.get(key) != theirs.get(key)]
         if different:
@@ -93,13 +96,21 @@ class RunFolder:
             RunFolderError: another job is using the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the job
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
-            ) from None
+        file = self.path / ".lock"
+        self._lock = open(file, "a")  # noqa: SIM115 - held as long as the job
+        for trial in range(LOCK_TRIALS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # `newcompute status` takes it for an instant, to see whether a job has it.
+                if trial < LOCK_TRIALS - 1:
+                    time.sleep(0.1)
+                    continue
+                raise RunFolderError(
+                    f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
+                ) from None
+        os.utime(file)  # when this job began
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -142,14 +153,15 @@ class RunFolder:
         _write_atomically(self.metrics_file, "".join(kept))
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings under their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _write_atomically(path: Path, text: str) -> None:
