@@ -16,6 +16,7 @@ def evaluate_tasks(
     include_path: str | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """{task: {metric: value}} as lm-eval reports them.
 
@@ -23,10 +24,12 @@ def evaluate_tasks(
         tasks: names, or paths of YAML files.
         include_path: folder with further task definitions.
         limit: examples per task, for a quick look.
+        trust_remote_code: let a task fetch a metric from the Hub, which is Python code; lm-eval's own metrics need none.
 
     Raises:
-        ValueError: a task is not known.
+        ValueError: a task is not known, or needs code from the Hub that was not allowed.
     """
+    import evaluate
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -45,6 +48,8 @@ def evaluate_tasks(
         raise ValueError(
             f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks"
         )
+    # Beyond its own metrics lm-eval asks `evaluate`, whose modules are scripts that it downloads and runs.
+    evaluate.config.HF_EVALUATE_OFFLINE = not trust_remote_code
     wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context)
     results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
     return {

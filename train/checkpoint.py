@@ -24,9 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from models.sizes import LlamaShape, RopeScaling
+from models.sizes import LlamaShape
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
+from train import records
+from train.checkpoint_files import SafeReader
+from train.checkpoint_metadata import DamagedCheckpoint
 from train.optimizer import distributed_like, plain_moment, set_moment
 
 COMMIT = "commit.json"
@@ -42,7 +45,8 @@ class CheckpointError(Exception):
 class Commit:
     """What the marker of a complete checkpoint records."""
 
-    step: int
+    __pydantic_config__ = records.STRICT
+    step: records.Count
     data: dict[str, Any]
     shape: dict[str, Any]
     tokenizer: str
@@ -54,14 +58,14 @@ class Commit:
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
-        try:
-            return cls(**json.loads((folder / COMMIT).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
-            raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
+        return records.read(cls, folder / COMMIT, CheckpointError)
 
     def llama_shape(self) -> LlamaShape:
-        scaling = self.shape["rope_scaling"]
-        return LlamaShape(**{**self.shape, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        """
+        Raises:
+            CheckpointError: the marker holds no shape of a Llama.
+        """
+        return records.parse(LlamaShape, json.dumps(self.shape), f"the shape in {COMMIT}", CheckpointError)
 
 
 def committed_steps(folder: Path) -> dict[int, Path]:
@@ -157,7 +161,7 @@ class Checkpoints:
         """
         state = self._state()
         try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+            dcp.load(state, storage_reader=SafeReader(path))
         except (CheckpointException, OSError, RuntimeError, EOFError) as error:
             others = [step for step in committed_steps(self.folder) if step != int(path.name.partition("-")[2] or -1)]
             remedy = (
@@ -225,7 +229,10 @@ class Checkpoints:
 
 def checkpoint_names(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the model's tensors in a checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        metadata = SafeReader(path).read_metadata().state_dict_metadata
+    except (OSError, DamagedCheckpoint) as error:
+        raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
     return {name: entry.size for name, entry in metadata.items() if not name.startswith(OPTIMIZER_PREFIX)}
 
 
@@ -235,7 +242,7 @@ def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            dcp.load(state, storage_reader=SafeReader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
     return state
@@ -288,7 +295,7 @@ def _make_empty(path: Path) -> None:
 def _commit(path: Path, commit: Commit) -> None:
     temporary = path / (COMMIT + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(asdict(commit), file, indent=1)
+        file.write(records.sealed(asdict(commit)))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / COMMIT)

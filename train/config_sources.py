@@ -22,6 +22,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
+from train.redaction import redact
 from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec
 
 EXIT_CONFIG = 2
@@ -51,7 +52,7 @@ class ConfigError(Exception):
     def __init__(self, problems: Sequence[Problem]):
         self.problems = list(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{count} in the configuration:\n\n" + "\n\n".join(map(str, self.problems)))
+        super().__init__(redact(f"{count} in the configuration:\n\n" + "\n\n".join(map(str, self.problems))))
 
 
 @dataclass
@@ -426,5 +427,5 @@ def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tupl
 
 
 def exit_with(error: Exception, code: int = EXIT_CONFIG) -> NoReturn:
-    print(f"newcompute: {error}", file=sys.stderr, flush=True)
+    print(redact(f"newcompute: {error}"), file=sys.stderr, flush=True)
     raise SystemExit(code)

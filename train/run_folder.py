@@ -98,7 +98,7 @@ class RunFolder:
         """
         try:
             return Config.model_validate(tomli.loads(self.config_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.config_file} cannot be read as a run's configuration: {error}") from error
 
     def write_config(self, config: Config) -> None:
@@ -114,7 +114,7 @@ class RunFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         _write_atomically(self.metrics_file, "".join(kept))
 
