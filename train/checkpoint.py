@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from models.sizes import LlamaShape
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from train import records
-from train.checkpoint_files import SafeReader
+from train.checkpoint_files import SafeReader, hashes
 from train.checkpoint_metadata import DamagedCheckpoint
 from train.optimizer import distributed_like, plain_moment, set_moment
 
 COMMIT = "commit.json"
+HASHED_PARTS = 64
 OPTIMIZER_PREFIX = "optimizer."
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -55,6 +56,8 @@ class Commit:
     """The tables of the adapters whose weights it holds."""
     optimizer: str = "adamw"
     """Whose state it holds; older markers do not say."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Of a sample of its contents (`train.checkpoint_files.hashes`), which loading compares."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -149,7 +152,7 @@ class Checkpoints:
             ) from error
         commit: list[Commit] = []
         self._on_all(lambda: commit.append(commit_in(path)), f"save step {step} to {path}")
-        self._on_main(lambda: _commit(path, commit[0]), f"commit {path}")
+        self._on_main(lambda: _commit(path, replace(commit[0], hashes=hashes(path, HASHED_PARTS))), f"commit {path}")
         self._on_main(self._remove_old, f"remove old checkpoints in {self.folder}")
         return path
 
@@ -161,7 +164,7 @@ class Checkpoints:
         """
         state = self._state()
         try:
-            dcp.load(state, storage_reader=SafeReader(path))
+            dcp.load(state, storage_reader=_reader(path))
         except (CheckpointException, OSError, RuntimeError, EOFError) as error:
             others = [step for step in committed_steps(self.folder) if step != int(path.name.partition("-")[2] or -1)]
             remedy = (
@@ -206,7 +209,7 @@ class Checkpoints:
         problem = ""
         try:
             action()
-        except OSError as error:
+        except (OSError, DamagedCheckpoint) as error:
             problem = f"could not {what}: {error}"
         problems = [found for found in self.mesh.gather_objects(problem) if found]
         if problems:
@@ -227,10 +230,14 @@ class Checkpoints:
             shutil.rmtree(steps[step])
 
 
+def _reader(path: Path) -> SafeReader:
+    return SafeReader(path, Commit.read(path).hashes)
+
+
 def checkpoint_names(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of the model's tensors in a checkpoint."""
     try:
-        metadata = SafeReader(path).read_metadata().state_dict_metadata
+        metadata = _reader(path).read_metadata().state_dict_metadata
     except (OSError, DamagedCheckpoint) as error:
         raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
     return {name: entry.size for name, entry in metadata.items() if not name.startswith(OPTIMIZER_PREFIX)}
@@ -242,7 +249,7 @@ def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=SafeReader(path), no_dist=True)
+            dcp.load(state, storage_reader=_reader(path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
     return state

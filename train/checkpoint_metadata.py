@@ -16,7 +16,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -121,7 +121,7 @@ class _Unpickler(pickle._Unpickler):
             raise DamagedCheckpoint("it calls what no checkpoint needs")
         self.stack[-1] = function(*arguments)  # type: ignore[attr-defined]
 
-    dispatch: Any = {
+    dispatch: ClassVar[Any] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES
     } | {
         pickle.NEWOBJ[0]: load_newobj,

@@ -175,7 +175,7 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
         by = f" (included by {includers[-1]})" if includers else ""
         sources.problems.append(Problem(f"cannot read this file{by}: {error.strerror or error}", origin=path))
         return
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         sources.problems.append(Problem(f"not a TOML file: {error}", origin=path))
         return
     included = content.pop("include", [])
@@ -223,7 +223,7 @@ def _flag_value(key: str, text: str) -> Any:
         return text
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return text if isinstance(value, date | time) else value  # no field is a date, but a path may look like one
 

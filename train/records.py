@@ -46,7 +46,8 @@ def parse(kind: type[T], text: str | bytes, where: object, error: type[Exception
         seal = record.pop(SEAL, None)
         if seal is not None and seal != _seal(record):
             raise ValueError("it was changed after it was written (its own hash differs)")
-        return _adapter(kind).validate_json(json.dumps(record), strict=True)
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
+        return adapter.validate_json(json.dumps(record), strict=True)
     except ValidationError as wrong:
         first = wrong.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -12,19 +12,21 @@ import re
 from collections.abc import Mapping
 
 STARS = "***"
-_NAMED = r"(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|secret(?:[_-]?(?:access[_-]?)?key)?|password|passwd|token|auth|signature|sig|credential)"
-# Each with the part to keep before the secret, and after it.
+_KEY = r"(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|secret(?:[_-]?access)?(?:[_-]?key)?|passw(?:or)?d|token|auth|signature|sig)"
+# Each names what to keep before the secret.
 _PATTERNS = [
-    re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://)(?P<secret>[^\s/@'\"]+)(?P<after>@)", re.IGNORECASE),
-    re.compile(rf"(?P<before>[?&;](?:[\w-]*[_-])?{_NAMED}=)(?P<secret>[^\s&;'\"]+)(?P<after>)", re.IGNORECASE),
-    re.compile(rf"(?P<before>\b(?:[\w-]*[_-])?{_NAMED}[\"']?\s*[=:]\s*[\"']?(?:bearer )?)(?P<secret>[\w+/.=-]{{16,}})(?P<after>)", re.IGNORECASE),
-    re.compile(r"(?P<before>\bbearer )(?P<secret>[\w+/.=~-]{16,})(?P<after>)", re.IGNORECASE),
-    re.compile(r"(?P<before>)(?P<secret>\bhf_[A-Za-z0-9]{16,})(?P<after>)"),  # Hugging Face
-    re.compile(r"(?P<before>)(?P<secret>\bwandb_v\d_[A-Za-z0-9_-]{16,})(?P<after>)"),
-    re.compile(r"(?P<before>)(?P<secret>\b(?:AKIA|ASIA)[A-Z0-9]{16}\b)(?P<after>)"),  # AWS
-    re.compile(r"(?P<before>)(?P<secret>\bAIza[\w-]{35})(?P<after>)"),  # Google
-    re.compile(r"(?P<before>)(?P<secret>\bgh[pousr]_[A-Za-z0-9]{30,})(?P<after>)"),  # GitHub
-]  # fmt: skip
+    re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+(?=@)", re.IGNORECASE),
+    re.compile(rf"(?P<before>[?&;](?:[\w-]*[_-])?{_KEY}=)[^\s&;'\"]+", re.IGNORECASE),
+    re.compile(
+        rf"(?P<before>\b(?:[\w-]*[_-])?{_KEY}[\"']?\s*[=:]\s*[\"']?(?:bearer )?)[\w+/.=-]{{16,}}", re.IGNORECASE
+    ),
+    re.compile(r"(?P<before>\bbearer )[\w+/.=~-]{16,}", re.IGNORECASE),
+    re.compile(r"(?P<before>)\bhf_[A-Za-z0-9]{16,}"),  # Hugging Face
+    re.compile(r"(?P<before>)\bwandb_v\d_[A-Za-z0-9_-]{16,}"),
+    re.compile(r"(?P<before>)\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),  # AWS
+    re.compile(r"(?P<before>)\bAIza[\w-]{35}"),  # Google
+    re.compile(r"(?P<before>)\bgh[pousr]_[A-Za-z0-9]{30,}"),  # GitHub
+]
 _VARIABLE = re.compile(r"(?:TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|ACCESS_KEY_ID|PASSWORD)$")
 _SHORTEST_VARIABLE = 12  # shorter values could be ordinary words
 
@@ -35,7 +37,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
         if len(value) >= _SHORTEST_VARIABLE and _VARIABLE.search(name.upper()):
             text = text.replace(value, STARS)
     for pattern in _PATTERNS:
-        text = pattern.sub(rf"\g<before>{STARS}\g<after>", text)
+        text = pattern.sub(rf"\g<before>{STARS}", text)
     return text
 
 
