@@ -122,7 +122,8 @@ class Run:
 
     @property
     def checkpoint_folder(self) -> str:
-        return (self.config.checkpoint.dir if self.config is not None else "") or str(self.path / "checkpoints")
+        elsewhere = self.config.checkpoint.dir if self.config is not None else ""
+        return f"{elsewhere.rstrip('/')}/{self.path.name}" if elsewhere else str(self.path / "checkpoints")
 
 
 def read_run(path: Path) -> Run:

@@ -166,6 +166,13 @@ def _forward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    _trust_argument(parser)
+
+
+def _trust_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model or a task brings along"
+    )
 
 
 def _generate_parser(commands: Any) -> None:
@@ -176,6 +183,7 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    _trust_argument(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -262,7 +270,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.transforms:
         result = _eval_under_transforms(options)
     else:
-        model = load_model(options.model, options.device, options.dtype)
+        model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         result = {"model": model.name, "transforms": [], **_eval_clean(options, model)}
     print_results(result)
     if options.out:
@@ -303,7 +311,12 @@ def _eval_clean(options: argparse.Namespace, model: Any) -> dict[str, Any]:
         from evals.tasks import evaluate_tasks
 
         result["tasks"] = evaluate_tasks(
-            model, _names(options.tasks), options.include_path, options.limit, options.batch_size
+            model,
+            _names(options.tasks),
+            options.include_path,
+            options.limit,
+            options.batch_size,
+            options.trust_remote_code,
         )
     return result
 
@@ -314,7 +327,7 @@ def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
     from evals.text import choose_protocol, protocol_record
 
     transforms = read_transforms(options.transforms, options.model)  # refused before the model is loaded
-    model = load_model(options.model, options.device, options.dtype)
+    model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     noisy = transforms.attach(model, options.noise_seed)
     trials = _trials(options)
     result: dict[str, Any] = {"model": model.name, **record(transforms, trials, noisy, options.batch_size)}
@@ -328,7 +341,8 @@ def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
         result["text"] = text_over_chips(model, noisy, trials, files, protocol, options.batch_size)
         result["protocol"] = protocol_record(protocol)
     if options.tasks:
-        how = {"include_path": options.include_path, "limit": options.limit, "batch_size": options.batch_size}
+        names = ("include_path", "limit", "batch_size", "trust_remote_code")
+        how = {name: getattr(options, name) for name in names}
         result["tasks"] = tasks_over_chips(model, noisy, trials, _names(options.tasks), **how)
     return result
 
@@ -357,7 +371,7 @@ def _sweep(options: argparse.Namespace) -> None:
     _check_writable(out)
     probabilities = read_probabilities(options.probabilities)
     transforms = read_transforms(options.transforms, options.model)
-    model = load_model(options.model, options.device, options.dtype)
+    model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     protocol = choose_protocol(model.context, options.context, options.stride)
     trials = _trials(options)
     seed = options.noise_seed
@@ -372,7 +386,7 @@ def _generate(options: argparse.Namespace) -> None:
     from evals.generate import generate
     from evals.models import load_model
 
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, options.device, trust_remote_code=options.trust_remote_code)
     print(generate(model, options.prompt, options.max_new_tokens, options.temperature, options.seed))
 
 

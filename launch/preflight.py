@@ -161,7 +161,7 @@ def driver_problems(uuid: str) -> list[str]:
 
     if not shutil.which("nvidia-smi") or not uuid:
         return []
-    found = []
+    found: list[str] = []
     query = ["nvidia-smi", "--format=csv,noheader,nounits", f"--id=GPU-{uuid.removeprefix('GPU-')}"]
     for field, name in NVIDIA_SMI_FIELDS.items():
         try:

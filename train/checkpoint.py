@@ -14,15 +14,15 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from models.sizes import LlamaShape, RopeScaling
-from train import checkpoint_files
+from models.sizes import LlamaShape
+from train import checkpoint_files, records
 from train.checkpoint_files import SafeReader
 from train.checkpoint_metadata import DamagedCheckpoint
 
@@ -46,7 +46,8 @@ class Damaged(CheckpointError):
 class Commit:
     """What the marker of a complete checkpoint records."""
 
-    step: int
+    __pydantic_config__ = records.STRICT
+    step: records.Count
     data: dict[str, Any]
     shape: dict[str, Any]
     tokenizer: str
@@ -71,24 +72,21 @@ class Commit:
             Damaged: the marker is not one; CheckpointError: there is none, or it cannot be read.
         """
         try:
-            record = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
-            digest = record.pop("digest", None)
-            if digest is not None and digest != _digest(record):
-                raise ValueError("its digest is not that of its contents")
-            return cls(**record)
+            text = (folder / COMMIT).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise Damaged(f"{folder / COMMIT} is damaged: {error}") from error
+        return records.parse(cls, text, folder / COMMIT, Damaged)
 
     def write(self, folder: Path) -> None:
         """Make a folder a complete checkpoint."""
-        record = asdict(self)
-        write_json(folder / COMMIT, record | {"digest": _digest(record)})
+        write_whole(folder / COMMIT, records.sealed(asdict(self)))
 
     def llama_shape(self) -> LlamaShape:
-        scaling = self.shape["rope_scaling"]
-        return LlamaShape(**{**self.shape, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        """
+        Raises:
+            CheckpointError: the marker holds no shape of a Llama.
+        """
+        return records.parse(LlamaShape, json.dumps(self.shape), f"the shape in {COMMIT}", CheckpointError)
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -129,7 +127,7 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
         if resume not in steps:
             raise CheckpointError(f"checkpoint.resume = {resume}: there is no such step; {available}")
         return steps[resume]
-    path = Path(resume)
+    path = as_path(resume)
     if (
         steps
         and folder.resolve() not in (path.resolve(), *path.resolve().parents)
@@ -145,8 +143,17 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
     raise CheckpointError(f'checkpoint.resume = "{resume}": neither a complete checkpoint nor a run that has one')
 
 
+def as_path(place: str) -> Path:
+    """A folder of this machine, or one behind a URL that fsspec knows (s3://, gs://, memory://, ...)."""
+    if "://" not in place:
+        return Path(place)
+    from upath import UPath
+
+    return cast(Path, UPath(place))
+
+
 def is_url(path: Path) -> bool:
-    """Whether a path is one of fsspec's URLs (s3://, gs://, memory://, ...) and not of this machine."""
+    """Whether a path is one of fsspec's URLs and not of this machine."""
     return "://" in str(path)
 
 
@@ -157,7 +164,7 @@ def checkpoint_names(path: Path) -> dict[str, torch.Size]:
         Damaged: its metadata is not what was saved; CheckpointError: it cannot be read.
     """
     try:
-        metadata: dict[str, Any] = SafeReader(str(path)).read_metadata().state_dict_metadata
+        metadata: dict[str, Any] = SafeReader(str(path), Commit.read(path).hashes).read_metadata().state_dict_metadata
     except (DamagedCheckpoint, OSError) as error:
         raise _explained(error, path) from error
     return {name: entry.size for name, entry in metadata.items() if not name.startswith(OPTIMIZER_PREFIX)}
@@ -197,18 +204,16 @@ def verify(path: Path) -> None:
         checkpoint_files.verify(str(path), commit.files or None, SAMPLE, commit.hashes)
     except (DamagedCheckpoint, OSError) as error:
         raise _explained(error, path) from error
-    write_json(
-        path / VERIFIED, {"time": round(time.time(), 3), "files": len(commit.files), "parts": len(commit.hashes)}
-    )
+    record = {"time": round(time.time(), 3), "files": len(commit.files), "parts": len(commit.hashes)}
+    write_whole(path / VERIFIED, json.dumps(record) + "\n")
 
 
 def is_verified(path: Path) -> bool:
     return (path / VERIFIED).exists()
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a small file that is there whole or not at all."""
-    text = json.dumps(record, indent=1)
     if is_url(path):
         path.write_text(text)  # an object appears when it is complete
         return

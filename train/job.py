@@ -28,6 +28,7 @@ from train.metrics import Recorder
 from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
+from train.redaction import redact
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
@@ -253,7 +254,7 @@ def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Tra
     degrees = resolve_degrees(config, mesh.world_size)
     precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
     return (
-        f"{' '.join(sys.argv)}\n"
+        f"{redact(' '.join(sys.argv))}\n"
         f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
         f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
         f"({degrees}), {precision}\n"

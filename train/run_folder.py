@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import tomli
 
@@ -65,11 +65,9 @@ class RunFolder:
             self._checkpoints = self.read_config().checkpoint.dir if self.config_file.exists() else ""
         if not self._checkpoints:
             return self.path / "checkpoints"
-        if "://" not in self._checkpoints:
-            return Path(self._checkpoints) / self.path.name
-        from upath import UPath
+        from train.checkpoint import as_path  # imports torch, which a look at a run need not
 
-        return cast(Path, UPath(self._checkpoints) / self.path.name)
+        return as_path(self._checkpoints) / self.path.name
 
     def check(self, config: Config) -> None:
         """
@@ -124,7 +122,7 @@ class RunFolder:
         """
         try:
             return Config.model_validate(tomli.loads(self.config_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.config_file} cannot be read as a run's configuration: {error}") from error
 
     def write_config(self, config: Config) -> None:
@@ -139,7 +137,7 @@ class RunFolder:
         for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
