@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-_LOGIN = re.compile(r"(\w://)[^/@\s\"']+@")
-_SIGNATURE = re.compile(
-    r"(?i)([?&][^=&\s\"']*(?:token|secret|key|signature|credential|password|sig)[^=&\s\"']*=)[^&\s\"']+"
-)
-
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -65,8 +58,3 @@ def duration(seconds: float | None) -> str:
 def one_line(text: str) -> str:
     """Without what would move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def redact(text: str) -> str:
-    """Without passwords and signatures that an address may carry: a configuration has no other place for secrets."""
-    return _SIGNATURE.sub(r"\1***", _LOGIN.sub(r"\1***@", text))

@@ -17,9 +17,9 @@ from typing import Any
 
 from evals import report_tables as tables
 from evals.charts import Chart, Curve, Mark, Point, decimate, draw, rarest, style_of
-from evals.formats import redact
 from evals.runs import Run, labels, read_runs
 from evals.samples import add_samples
+from train.redaction import redact
 
 NOISY = {"loss", "bits_per_byte", "grad_norm", "tokens_per_second", "data_wait"}
 """Curves that a reader may smooth."""

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from evals.formats import count, duration, figure, redact, share, size
+from evals.formats import count, duration, figure, share, size
 from evals.runs import Run, gaps, latest
 from evals.status import status_of
 from models.sizes import num_parameters
 from train.config import Config
+from train.redaction import redact
 from train.run_folder import flat
 
 LAST_EVENTS = 200

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evals.formats import count, duration, figure, one_line, redact, share, size
+from evals.formats import count, duration, figure, one_line, share, size
 from evals.runs import Run, SavedStep, gaps, labels, latest, planned, read_runs, seconds_per_step, throughput
+from train.redaction import redact
 
 LAST_EVENTS = 5
 SILENT = 5

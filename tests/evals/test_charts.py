@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 
 from evals.charts import LIMIT, SIDE, Chart, Curve, Mark, decimate, draw, path, rarest, ticks, value_range
-from evals.formats import duration, redact, short
+from evals.formats import duration, short
+from train.redaction import redact
 
 
 def test_a_long_curve_keeps_its_ends_spikes_and_gaps():

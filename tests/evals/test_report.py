@@ -195,8 +195,10 @@ def test_it_is_whole_without_scripts(report, tab):
 
 def hostile_run(folder: Path) -> Path:
     config = load_config([], ["--run.dir", str(folder), "--data.source", "files", "--data.paths", json.dumps([ATTACK]),
-                              "--checkpoint.dir", "nonsense://user:hunter2@host/x"])  # fmt: skip
+                              "--checkpoint.dir", "nonsense://host/x"])  # fmt: skip
     RunFolder.of(config).write_config(config)
+    file = RunFolder.of(config).config_file
+    file.write_text(file.read_text().replace("//host/x", "//user:hunter2@host/x"))
     path = folder / "run"
     rows = [
         {"step": 1, "loss": 2.0, ATTACK: 1.0},
