@@ -24,11 +24,13 @@ from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
+from train.faults import is_broken_exchange
 from train.metrics import Recorder
 from train.prepare import prepare, run_tokenizer
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
+from train.watchdog import Watchdog, group_timeout
 from transforms.apply import table
 
 EXIT_OTHER = 1
@@ -52,8 +54,8 @@ def run_job(config: Config) -> None:
     """Run a configuration to its end on this process.
 
     Raises:
-        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite) or 4 (checkpoint could not be
-            saved or loaded).
+        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite), 4 (checkpoint could not
+            be saved or loaded) or 5 (an exchange with the other processes timed out).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -63,10 +65,15 @@ def run_job(config: Config) -> None:
             if rank == 0:
                 _check_before_start(config, folder)
                 folder.lock()
-            mesh = meshes.start(config.run.device, **resolve_degrees(config, world_size)._asdict())
+            timeout = group_timeout(config.faults.start_timeout)
+            degrees = resolve_degrees(config, world_size)._asdict()
+            mesh = meshes.start(config.run.device, timeout, **degrees)
         try:
-            with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
-                _train(config, mesh, folder)
+            with (
+                Watchdog(config.faults, folder.faults, rank, world_size) as watchdog,
+                _explained(folder, EXIT_CHECKPOINT, watchdog),
+            ):
+                _train(config, mesh, folder, watchdog)
         finally:
             dist.destroy_process_group()
     finally:
@@ -74,7 +81,7 @@ def run_job(config: Config) -> None:
 
 
 @contextmanager
-def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
+def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | None = None) -> Iterator[None]:
     """Turn every error that a user can do something about into a `JobError`."""
     try:
         yield
@@ -87,8 +94,9 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
     except OSError as error:
         raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", EXIT_SETUP) from error
     except RuntimeError as error:
-        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
-            raise JobError("another process of this run has ended; its message says why", EXIT_OTHER) from error
+        if is_broken_exchange(error):
+            said = watchdog.explain(error) if watchdog else ("another process of this run has ended", EXIT_OTHER)
+            raise JobError(*said) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise JobError(
@@ -119,14 +127,15 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
         raise DataError(TOO_LITTLE_HELD_OUT)
 
 
-def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
+def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, watchdog: Watchdog) -> None:
     _set_determinism(config, mesh.device)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
     data = _training_data(config, mesh, tokenizer, shape)
-    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights)
+    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, watchdog.beat)
+    watchdog.beat("load")
     resumed_from = trainer.resume()
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.

@@ -37,6 +37,7 @@ from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.optimizer import build_optimizer, finiteness, learning_rate, materialise_state
 from train.run_folder import RunFolder
+from train.step_times import StepTimes
 from train.tokenizer import Tokenizer
 from transforms.context import TRAINING, VALIDATION, places
 
@@ -57,6 +58,7 @@ class Trainer:
         tokenizer: None with random data.
         data: training batches and validation rows.
         hf_weights: folder to take initial weights from, or None for random ones.
+        beat: told each phase that begins, and its step (`Watchdog.beat`).
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class Trainer:
         tokenizer: Tokenizer | None,
         data: TrainingData,
         hf_weights: Path | None = None,
+        beat: Callable[[str, int | None], None] = lambda phase, step: None,
     ):
         self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
-        self.held_out = data.held_out
+        self.held_out, self.beat = data.held_out, beat
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
         self.total_steps = total_steps(config, shape)
@@ -98,6 +101,7 @@ class Trainer:
         )
         self.build_inputs(built.stages, tokenizer)
         self.throughput = Throughput(shape, config, mesh.device, mesh.world_size)
+        self.step_times = StepTimes(self.parts, mesh, config.faults.slow_rank)
         # First step at which something was not finite, or -1; lives on the device.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=mesh.device)
         self.step = 0
@@ -148,14 +152,18 @@ class Trainer:
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
             self.throughput.restart(self.step, 0.0)
+            self.beat("data", self.step + 1)
             for rows in batches:
                 if self.step >= self.last_step:
                     break
+                self.beat("forward/backward", self.step + 1)
+                self.step_times.measure(self._due_to_log(self.step + 1))
                 loss, grad_norm = self.train_step(rows)
                 self.step += 1
 
                 final = self.step == self.last_step
-                if final or self.step % config.metrics.log_interval == 0:
+                if self._due_to_log(self.step):
+                    self.beat("log", self.step)
                     self.log(recorder, loss, grad_norm, batches.waited)
                 if _due(config.validation.interval, self.step, final):
                     self.validate(recorder)
@@ -165,9 +173,13 @@ class Trainer:
                     self.throughput.restart(self.step, batches.waited)
                 if self.step % GC_INTERVAL == 0:
                     gc.collect(1)
+                self.beat("data", self.step + 1)
         finally:
             gc.enable()
             batches.close()
+
+    def _due_to_log(self, step: int) -> bool:
+        return step == self.last_step or step % self.config.metrics.log_interval == 0
 
     def train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's rows (rows, T + 1) of the global batch.
@@ -190,6 +202,7 @@ class Trainer:
         if not self.gradients_checked:
             self.check_gradients()
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
+        self.beat("optimizer", self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.after_update()
@@ -270,7 +283,9 @@ class Trainer:
         }
         if self.held_out is not None:
             row["bits_per_byte"] = bits_per_byte(figures[0], self.held_out.tokens_per_byte)
-        recorder.record(row | self.throughput.read(self.step, waited))
+        recorder.record(row | self.throughput.read(self.step, waited) | self.step_times.read(waited))
+        if self.step_times.slow:
+            recorder.event(self.step, "slow_rank", self.step_times.slow)
 
     @torch.no_grad()
     def validate(self, recorder: Recorder) -> None:
@@ -307,6 +322,7 @@ class Trainer:
             needed = math.ceil(self.held_out.count / (size * self.micro_batch)) * self.micro_batch
             rows_each = min(self.rows_per_step, needed)
         for i, rows in enumerate(validation_batches(self.held_out, self.config, rank, size, rows_each)):
+            self.beat("validate", self.step)
             batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
             places = self.micro_batch_places(0, (i * size + rank) * rows_each)
             if self.pipeline is not None:
@@ -326,6 +342,7 @@ class Trainer:
 
     def save(self, recorder: Recorder) -> None:
         """Write a checkpoint, never one of non-finite state."""
+        self.beat("save", self.step)
         self.check_finite()
         self.check_weights_finite()
 
