@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support import fork_script, read_metrics, tiny_flags
+from support import fork_script, quietly, read_metrics, tiny_flags
 
 from train.config import FaultsConfig
+from train.config_sources import load_config
 from train.faults import DONE, ENDED, HURT, Group, Report, diagnose, groups_of, place_and_waiting, process_state
 from train.watchdog import EXIT_ENDED, EXIT_HANG, Watchdog
 
@@ -44,6 +45,7 @@ def faulty(tmp_path, text_corpus):
             "training__steps": 6,
         }
         flags = tiny_flags(tmp_path, text_corpus, **settings | {"parallel__shard": processes} | changes)
+        quietly(load_config([], flags, world_size=processes))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
