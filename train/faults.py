@@ -311,7 +311,8 @@ def _silence(report: Report) -> str:
         "runs": "does not answer (something holds Python's interpreter lock)",
         "": "does not answer (stopped, killed, or its node is lost)",
     }[process_state(report.host, report.pid)]
-    return f"{report.name} {what}; last heard of in {report.doing}"
+    heard = f"; last heard of in {report.doing}" if report.phase != PHASES[0] else ""
+    return f"{report.name} {what}{heard}"
 
 
 def process_state(host: str, pid: int) -> str:

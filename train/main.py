@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 
-    from train.job import JobError, run_job
+    from train.job import EXIT_HANG, EXIT_OTHER, JobError, run_job
 
     try:
         run_job(config)
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     except JobError as error:
         if not is_main:
             # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
-            # first. What only this process met is said a little later.
-            time.sleep(3 if error.code == EXIT_CONFIG else 15)
+            # first. What only this process met is said a little later; what another one did to it, at once.
+            time.sleep({EXIT_CONFIG: 3, EXIT_OTHER: 0, EXIT_HANG: 0}.get(error.code, 15))
             error = type(error)(f"process {os.environ['RANK']}: {error}", error.code)
         exit_with(error, error.code)
 

@@ -23,7 +23,7 @@ def stuck_disk(self, step):
 
 
 def slow_disk(self, step):
-    time.sleep(0.3)
+    time.sleep(1.0)
     return read_rows(self, step)
 
 
