@@ -111,8 +111,7 @@ def look(report: Report, folder: Path, stamp: str, error: BaseException | None =
         report.place, report.waiting = place_and_waiting(threading.main_thread().ident or 0)
         _quietly(lambda: _write_stacks(report, folder / f"{stamp}-rank-{report.rank}.txt"))
     else:
-        text = "".join(traceback.format_exception(error))
-        _quietly(lambda: _write(folder / f"{stamp}-rank-{report.rank}.txt", f"{_heading(report)}\n\n{text}".encode()))
+        _quietly(lambda: _write_traceback(report, error, folder / f"{stamp}-rank-{report.rank}.txt"))
     # The recorder's lock may be held by the very thread that hangs.
     recorded = _within(5.0, lambda: _flight_recorder(folder, stamp, report.rank))
     report.groups = recorded or {}
@@ -161,6 +160,12 @@ def _write_stacks(report: Report, path: Path) -> None:
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
     os.replace(temporary, path)
+
+
+def _write_traceback(report: Report, error: BaseException, path: Path) -> None:
+    before = path.read_text(encoding="utf-8") + "\n" if path.exists() else ""  # stacks, when the alarm came first
+    text = "".join(traceback.format_exception(error))
+    _write(path, f"{before}{_heading(report)}\n\n{text}".encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -67,6 +67,8 @@ class Board:
         self._to_raise: dict[str, str] = {}
         self._to_say = ""
         self._acquainted = False
+        self.alarmed = threading.Event()
+        """Set with `alarm`."""
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="watchdog: exchange")
 
@@ -127,6 +129,7 @@ class Board:
         if not self.alarm and self.store.check(["alarm"]):
             self.alarm = json.loads(self.store.get("alarm"))
             self.observing = True
+            self.alarmed.set()
         if self._to_say:
             self.store.compare_set("diagnosis", "", self._to_say)
             self._to_say = ""
@@ -225,7 +228,11 @@ class Watchdog:
     # The watching thread
 
     def _watch(self) -> None:
-        while not self._stop.wait(QUICK if self.board is not None and self.board.observing else self.interval):
+        alarmed = self.board.alarmed if self.board is not None else self._stop
+        while not self._stop.is_set():
+            alarmed.wait(QUICK if self.board is not None and self.board.observing else self.interval)
+            if self._stop.is_set():
+                return None
             self._update()
             if self.board is not None and self.board.alarm:
                 return self._obey(self.board.alarm)

@@ -128,6 +128,8 @@ def test_an_error_of_one_rank_reaches_the_other(faulty, victim):
     assert re.match(said, done.file("*-diagnosis.txt"))
     assert "in faulty_step" in done.file(f"*-rank-{victim}.txt")
     assert "the ink is out" in done.errors[victim]
+    assert "faulty_step" not in done.file(f"*-rank-{1 - victim}.txt")
+    assert "in train_step" in done.file(f"*-rank-{1 - victim}.txt")
 
 
 def test_a_hang_before_the_first_step(faulty):
