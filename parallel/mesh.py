@@ -92,9 +92,19 @@ def choose_device(requested: str) -> torch.device:
 
 
 def start(
-    requested_device: str, *, pipeline: int = 1, replicate: int = 1, shard: int = 1, context: int = 1, tensor: int = 1
+    requested_device: str,
+    timeout: timedelta = RENDEZVOUS_TIMEOUT,
+    *,
+    pipeline: int = 1,
+    replicate: int = 1,
+    shard: int = 1,
+    context: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
-    """Join the process group (of one process without torchrun) and build the meshes; degrees must fit the world size."""
+    """Join the process group (of one process without torchrun) and build the meshes; degrees must fit the world size.
+
+    `timeout` is that of meeting the others, at least RENDEZVOUS_TIMEOUT, and of every exchange.
+    """
     device = choose_device(requested_device)
     backend = "gloo"
     if device.type == "cuda":
@@ -102,7 +112,7 @@ def start(
         backend = "cpu:gloo,cuda:nccl"  # gloo beside nccl: checkpoints exchange their plans without touching the GPU
     if "RANK" in os.environ:
         dist.init_process_group(
-            backend, timeout=RENDEZVOUS_TIMEOUT, device_id=device if device.type == "cuda" else None
+            backend, timeout=max(timeout, RENDEZVOUS_TIMEOUT), device_id=device if device.type == "cuda" else None
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -24,6 +24,7 @@ from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
+from train.faults import is_broken_exchange
 from train.metrics import Recorder
 from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
@@ -32,6 +33,7 @@ from train.redaction import redact
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
+from train.watchdog import Watchdog, group_timeout
 from transforms.apply import table
 
 
@@ -48,7 +50,8 @@ def run_job(config: Config) -> None:
 
     Raises:
         JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite), 4 (checkpoint could not be
-            saved or loaded) or 75 (asked to stop; the same command goes on).
+            saved or loaded), 5 (an exchange with the other processes timed out) or 75 (asked to stop; the same command
+            goes on).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -59,11 +62,16 @@ def run_job(config: Config) -> None:
                 if rank == 0:
                     _check_before_start(config, folder)
                     folder.lock()
-                mesh = meshes.start(config.run.device, **resolve_degrees(config, world_size)._asdict())
+                timeout = group_timeout(config.faults.start_timeout)
+                degrees = resolve_degrees(config, world_size)._asdict()
+                mesh = meshes.start(config.run.device, timeout, **degrees)
             signals.leave_to_agreements()
             try:
-                with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
-                    _train(config, mesh, folder, signals)
+                with (
+                    Watchdog(config.faults, folder.faults, rank, world_size) as watchdog,
+                    _explained(folder, EXIT_CHECKPOINT, watchdog),
+                ):
+                    _train(config, mesh, folder, signals, watchdog)
             finally:
                 dist.destroy_process_group()
         finally:
@@ -71,7 +79,7 @@ def run_job(config: Config) -> None:
 
 
 @contextmanager
-def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
+def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | None = None) -> Iterator[None]:
     """Turn every error that a user can do something about into a `JobError`."""
     try:
         yield
@@ -90,8 +98,9 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
         code = EXIT_OTHER if isinstance(error, ConnectionError | TimeoutError) else EXIT_SETUP
         raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", code) from error
     except RuntimeError as error:
-        if _peer_ended(error):
-            raise JobError("another process of this run has ended; its message says why", EXIT_OTHER) from error
+        if is_broken_exchange(error):
+            said = watchdog.explain(error) if watchdog else ("another process of this run has ended", EXIT_OTHER)
+            raise JobError(*said) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise JobError(
@@ -131,14 +140,15 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
         raise DataError(TOO_LITTLE_HELD_OUT)
 
 
-def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signals) -> None:
+def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signals, watchdog: Watchdog) -> None:
     _set_determinism(config, mesh.device)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
     data = _training_data(config, mesh, tokenizer, shape)
-    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, signals)
+    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, signals, watchdog.beat)
+    watchdog.beat("load")
     resumed_from = trainer.resume()
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.

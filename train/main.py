@@ -16,7 +16,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
 from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
-from train.outcome import EXIT_PREEMPTED, leave_at_once, tell_launcher  # noqa: E402
+from train.outcome import EXIT_HANG, EXIT_OTHER, EXIT_PREEMPTED, leave_at_once, tell_launcher  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(error.code) from None  # the main process says it
         if not is_main:
             # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
-            # first. What only this process met is said a little later.
-            time.sleep(3 if error.code == EXIT_CONFIG else 15)
+            # first. What only this process met is said a little later; what another one did to it, at once.
+            time.sleep({EXIT_CONFIG: 3, EXIT_OTHER: 0, EXIT_HANG: 0}.get(error.code, 15))
             error = type(error)(f"process {os.environ['RANK']}: {error}", error.code)
         exit_with(error, error.code)
 

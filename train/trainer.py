@@ -41,6 +41,7 @@ from train.profiling import StepProfiler
 from train.run_folder import RunFolder
 from train.saving import Checkpoints
 from train.spikes import Spikes
+from train.step_times import StepTimes
 from train.tokenizer import Tokenizer
 from transforms.context import TRAINING, VALIDATION, places
 
@@ -64,6 +65,7 @@ class Trainer:
         data: training batches and validation rows.
         hf_weights: folder to take initial weights from, or None for random ones.
         signals: what the scheduler asks for.
+        beat: told each phase that begins, and its step (`Watchdog.beat`).
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Trainer:
         data: TrainingData,
         hf_weights: Path | None = None,
         signals: Signals | None = None,
+        beat: Callable[[str, int | None], None] = lambda phase, step: None,
     ):
         self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
-        self.held_out = data.held_out
+        self.held_out, self.beat = data.held_out, beat
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
         self.total_steps = total_steps(config, shape)
@@ -108,6 +111,7 @@ class Trainer:
         """Updates in a row that were left out, for a gradient that was not finite."""
         self.build_inputs(built.stages, tokenizer)
         self.throughput = Throughput(shape, config, mesh.device, mesh.world_size)
+        self.step_times = StepTimes(self.parts, mesh, config.faults.slow_rank)
         # First step at which something was not finite, or -1; lives on the device.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=mesh.device)
         self.step = 0
@@ -184,17 +188,21 @@ class Trainer:
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
             profiler.start()
+            self.beat("data", self.step + 1)
             for rows in batches:
                 if stop or self.step >= self.last_step:
                     break
+                self.beat("forward/backward", self.step + 1)
+                self.step_times.measure(self._due_to_log(self.step + 1))
                 loss, grad_norm = self.train_step(rows)
                 self.step += 1
                 agreed = self.agreement.finish()
                 stop, final = agreed["stop"], self.step == self.last_step
 
+                self.beat("log", self.step)
                 if self.left_out:
                     self.report_left_out(recorder)
-                if final or self.step % config.metrics.log_interval == 0:
+                if self._due_to_log(self.step):
                     self.log(recorder, loss, grad_norm, batches.waited)
                 self.save(recorder, agreed["saving"], now=final or stop)
                 if not stop and _due(config.validation.interval, self.step, final):
@@ -206,6 +214,7 @@ class Trainer:
                     gc.collect(1)
                 if profiler.end_step(self.step):
                     self.throughput.restart(self.step, batches.waited)
+                self.beat("data", self.step + 1)
         finally:
             profiler.close()
             gc.enable()
@@ -216,6 +225,9 @@ class Trainer:
     @property
     def asked_to_stop(self) -> bool:
         return self.signals.received is not None
+
+    def _due_to_log(self, step: int) -> bool:
+        return step == self.last_step or step % self.config.metrics.log_interval == 0
 
     def train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's rows (rows, T + 1) of the global batch.
@@ -239,6 +251,7 @@ class Trainer:
             self.check_gradients()
         self.agreement.begin(stop=self.asked_to_stop, saving=self.checkpoints.busy)
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
+        self.beat("optimizer", self.step + 1)
         self.checkpoints.wait_copied()
         # The norm is the same on all ranks; to look at it here is what "skip" costs.
         if self.config.faults.non_finite == "skip" and not torch.isfinite(norm):
@@ -325,7 +338,9 @@ class Trainer:
         }
         if self.held_out is not None:
             row["bits_per_byte"] = bits_per_byte(figures[0], self.held_out.tokens_per_byte)
-        recorder.record(row | self.throughput.read(self.step, waited))
+        recorder.record(row | self.throughput.read(self.step, waited) | self.step_times.read(waited))
+        if self.step_times.slow:
+            recorder.event(self.step, "slow_rank", self.step_times.slow)
         spike = self.spikes.seen(figures[0])
         if spike:
             recorder.event(self.step, "spike", f"{spike}; {self.where_the_rows_are()}")
@@ -403,6 +418,7 @@ class Trainer:
             needed = math.ceil(self.held_out.count / (size * self.micro_batch)) * self.micro_batch
             rows_each = min(self.rows_per_step, needed)
         for i, rows in enumerate(validation_batches(self.held_out, self.config, rank, size, rows_each)):
+            self.beat("validate", self.step)
             batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
             places = self.micro_batch_places(0, (i * size + rank) * rows_each)
             if self.pipeline is not None:
@@ -468,6 +484,7 @@ class Trainer:
         Raises:
             NonFinite: on every rank, when it would have saved something that is not finite.
         """
+        self.beat("save", self.step)
         saved = self.checkpoints.settle(self.step)
         if saved is None:
             return ""
