@@ -29,7 +29,7 @@ SETTINGS: dict[str, object] = {
     "validation__interval": 6,
     "schedule__warmup_steps": 2,
     "faults__timeout": 10.0,
-    "faults__start_timeout": 60.0,
+    "faults__start_timeout": 30.0,
 }
 LOOP = ["data", "step", "forward", "clip", "validate"]
 SAVE = ["begin save", "copy", "write", "commit", "verify", "delete"]

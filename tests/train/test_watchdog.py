@@ -115,8 +115,9 @@ def test_a_killed_rank_is_named_by_the_others(faulty, victim, processes):
     others = [rank for rank in range(processes) if rank != victim]
     assert [done.codes[rank] for rank in others] == [EXIT_ENDED] * len(others)
     for rank in others:
-        assert f"rank {victim} (" in done.errors[rank]
-        assert f"pid {done.pids[victim]}) has ended without a word" in done.errors[rank]
+        # A process that is only just dying still runs, for a moment.
+        said = rf"rank {victim} \(.*\) (has ended without a word|does not answer)"
+        assert re.search(said, done.errors[rank]), done.errors[rank]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
