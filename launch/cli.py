@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, status, report, trace, export, eval, sweep-noise, generate."""
+"""The command `newcompute`: plan, prepare, status, report, trace, rows, export, eval, sweep-noise, generate."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_parser(commands)
     _generate_parser(commands)
     _trace_parser(commands)
+    _rows_parser(commands)
     return parser
 
 
@@ -195,6 +196,13 @@ def _trace_parser(commands: Any) -> None:
     parser.set_defaults(run=_trace)
 
 
+def _rows_parser(commands: Any) -> None:
+    parser = commands.add_parser("rows", help="the text that a step was trained on")
+    parser.add_argument("--run", required=True, dest="source", metavar="RUN", help="run folder")
+    parser.add_argument("--step", required=True, type=_positive, help="step, as in the log")
+    parser.set_defaults(run=_rows)
+
+
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
@@ -248,6 +256,13 @@ def _report(options: argparse.Namespace) -> None:
     if options.out:
         _check_writable(Path(options.out))
     print(write_report(options.runs, Path(options.out) if options.out else None, options.sample))
+
+
+def _rows(options: argparse.Namespace) -> None:
+    from evals.rows import rows_of_step
+
+    for row, text in rows_of_step(Path(options.source), options.step):
+        print(f"== row {row:,}\n{text}")
 
 
 def _export(options: argparse.Namespace) -> None:

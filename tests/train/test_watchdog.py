@@ -15,7 +15,7 @@ from train.config_sources import load_config
 from train.faults import DONE, ENDED, HURT, Group, Report, diagnose, groups_of, place_and_waiting, process_state
 from train.watchdog import EXIT_ENDED, EXIT_HANG, Watchdog
 
-FAULTY = str(Path(__file__).with_name("faulty.py"))
+FAULTY = str(Path(__file__).with_name("watched.py"))
 
 
 class Ended:
@@ -35,7 +35,7 @@ class Ended:
 
 @pytest.fixture
 def faulty(tmp_path, text_corpus):
-    """Run `faulty.py` and wait until every process has ended but `stays`, which is then killed."""
+    """Run `watched.py` and wait until every process has ended but `stays`, which is then killed."""
 
     def run(fault: str, victim: int | str, processes: int, stays: int | None = None, at: int = 4, **changes) -> Ended:
         settings = {
