@@ -8,6 +8,7 @@ all agents of a rendezvous share, so that the other nodes end too instead of wai
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -55,7 +56,7 @@ class Agent(LocalElasticAgent):
         self.code: int | None = None
         self._requests, self._idle = requests, False
         self._outcomes = Path(tempfile.mkdtemp(prefix="newcompute-outcomes-"))
-        self._attempt = 0
+        self._attempt = -1
         self._told_at: float | None = None
         self._asked_store_at = 0.0
         self._passed_on = False
@@ -83,8 +84,8 @@ class Agent(LocalElasticAgent):
             self._idle = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._agree_on_attempt(worker_group)
         # A folder for each attempt: what a process of the last one wrote while it was being stopped is not of this one.
-        self._attempt += 1
         self._told_at, self._passed_on = None, False
         self._folder.mkdir()
         os.environ[OUTCOME_VARIABLE] = str(self._folder)
@@ -92,6 +93,23 @@ class Agent(LocalElasticAgent):
         if self._requests.received:  # it came when they were not yet there
             self._send(self._requests.received[-1])
         return started
+
+    def _agree_on_attempt(self, worker_group: WorkerGroup) -> None:
+        """Number the attempt alike on all nodes, and count a restart on all.
+
+        Processes find each other in the store under TORCHELASTIC_RESTART_COUNT, which torch takes from each agent's own
+        failures: a node that only follows another's restart, or is new, would have another number, and all would wait for
+        each other until the timeout (torch 2.13).
+        """
+        attempts, left = [self._attempt], [self._remaining_restarts]
+        if worker_group.group_world_size > 1:
+            store = worker_group.store
+            mine = json.dumps([self._attempt, self._remaining_restarts])
+            store.set(f"newcompute/attempt/{worker_group.group_rank}", mine)
+            told = [json.loads(store.get(f"newcompute/attempt/{i}")) for i in range(worker_group.group_world_size)]
+            attempts, left = [one[0] for one in told], [one[1] for one in told]
+        self._attempt, self._remaining_restarts = max(attempts) + 1, min(left)
+        worker_group.spec.max_restarts = self._attempt + self._remaining_restarts  # torch's count is their difference
 
     @property
     def _folder(self) -> Path:
