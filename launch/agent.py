@@ -97,9 +97,9 @@ class Agent(LocalElasticAgent):
     def _agree_on_attempt(self, worker_group: WorkerGroup) -> None:
         """Number the attempt alike on all nodes, and count a restart on all.
 
-        Processes find each other in the store under TORCHELASTIC_RESTART_COUNT, which torch takes from each agent's own
-        failures: a node that only follows another's restart, or is new, would have another number, and all would wait for
-        each other until the timeout (torch 2.13).
+        torch takes TORCHELASTIC_RESTART_COUNT from each agent's own failures: a node that only follows another's restart, or
+        is new, has another number. Processes of different numbers do not find each other where agents share their store
+        with them, and a node that fails again and again would use up its own restarts only.
         """
         attempts, left = [self._attempt], [self._remaining_restarts]
         if worker_group.group_world_size > 1:
@@ -239,6 +239,9 @@ def launch(arguments: list[str], requests: StopRequests) -> int:
     ours = {number.name for number in STOP_SIGNALS}
     theirs = [name.strip() for name in options.signals_to_handle.split(",")]
     options.signals_to_handle = ",".join(name for name in theirs if name not in ours)
+    # Agents that share one store with their processes announce it in their first rendezvous only: a node that replaces a lost
+    # one waits for it in vain (torch 2.13). Without sharing, process 0 of each attempt opens a store of its own.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     agents: list[Agent] = []
 
     def build(*positional: Any, **named: Any) -> Agent:

@@ -165,11 +165,12 @@ def test_a_process_that_died_restarts_both_nodes_as_the_same_attempt(start, tmp_
 def test_a_lost_node_that_comes_back_is_taken_up(start, tmp_path):
     options = rendezvous(2, restarts=1)
     plans = ("*:0:stop", "*:*:end")
-    first = start(*plans, options=options, name="first")
+    # The node with the rendezvous store must stay, as slurm.sh's first node: the other one is lost.
+    first = start(*plans, options=[*options, "--rdzv_conf=is_host=1"], name="first")
+    options += ["--rdzv_conf=is_host=0"]
     lost = start(*plans, options=options, name="second")
     for rank in range(4):
         wait_until(lambda rank=rank: lines(tmp_path / str(rank))[-1:] == ["ready"], "ready")
-    # The node with the rendezvous store must stay, as slurm.sh's first node: the other one is lost.
     lost.kill()
     again = start(*plans, options=options, name="third")
     assert (first.wait(), again.wait()) == (0, 0), first.said() + again.said()
