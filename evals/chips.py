@@ -104,8 +104,13 @@ def _trained_with(model: str) -> TransformList:
         seed = config.noise_seed
     elif (path / PROVENANCE).exists():
         origin = str(path / PROVENANCE)
-        provenance = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
-        tables, seed = provenance.get("transforms", []), provenance.get("noise_seed", DEFAULT_SEED)
+        try:
+            provenance = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+            tables, seed = provenance.get("transforms", []), int(provenance.get("noise_seed", DEFAULT_SEED))
+            if not all(isinstance(one, dict) for one in tables):
+                raise TypeError("transforms: expected tables")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path / PROVENANCE} cannot be read: {error}") from error
     else:
         raise ValueError(f"--transforms {OF_THE_RUN}: {model} is neither a run nor an export of one; name a file")
     sources = Sources()

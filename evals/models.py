@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from models.hf import no_safetensors  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
 
@@ -35,12 +37,13 @@ class EvalModel:
     """The path it came from, with the step of a checkpoint."""
 
 
-def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> EvalModel:
+def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> EvalModel:
     """Load a run folder, one of its checkpoints, or a Hugging Face folder or Hub id.
 
     Args:
         device: "auto" takes a GPU where there is one.
         dtype: "auto" is float32 on CPU and what the weights are stored in on GPU (bfloat16 for runs).
+        trust_remote_code: run the Python code that a folder or a Hub repository brings along.
 
     Raises:
         ValueError: the reference is none of these; RunFolderError, CheckpointError: the run cannot be read.
@@ -55,15 +58,42 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto") -> Eva
     elif path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"{path} is neither a run, a checkpoint nor a Hugging Face folder (no config.json)")
     else:
+        if path.is_dir():
+            _check_folder(path)
+        trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
         try:
-            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-            tokenizer = AutoTokenizer.from_pretrained(reference)
+            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(reference, **trust)
         except (OSError, ValueError, SafetensorError) as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"{reference!r} brings Python code of its own, which is not run unless asked for: read it, and if you "
+                    "trust it give --trust-remote-code"
+                ) from error
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = getattr(model.config, "max_position_embeddings", 2048), reference
     kind = kind if dtype == "auto" else getattr(torch, dtype)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name)
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: the weights are not safetensors, or their index names a file outside the folder.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(no_safetensors(folder))
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"cannot read {index}: {error}") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names {outside[0]!r:.200}, which is no plain name of a file in its folder")
 
 
 def _to(model: Any, place: torch.device, kind: torch.dtype) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ def evaluate_tasks(
     include_path: str | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """{task: {metric: value}} as lm-eval reports them.
 
@@ -23,9 +25,10 @@ def evaluate_tasks(
         tasks: names, or paths of YAML files.
         include_path: folder with further task definitions.
         limit: examples per task, for a quick look.
+        trust_remote_code: let a task fetch a metric from the Hub, which is Python code; lm-eval's own metrics need none.
 
     Raises:
-        ValueError: a task is not known.
+        ValueError: a task is not known, or needs code from the Hub that was not allowed.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -46,11 +49,39 @@ def evaluate_tasks(
             f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks"
         )
     wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context)
-    results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    with _metrics_from_the_hub(trust_remote_code):
+        results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
     return {
         task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
+
+
+@contextmanager
+def _metrics_from_the_hub(allowed: bool) -> Iterator[None]:
+    """Beyond its own metrics lm-eval asks `evaluate`, whose modules are scripts that it downloads and runs."""
+    import evaluate
+
+    load, refused = evaluate.load, []
+
+    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
+        refused.append(name)
+        raise ValueError(f"the metric {name!r} is code from the Hub")
+
+    if not allowed:
+        evaluate.load = refuse
+    try:
+        yield
+    except Exception:
+        if not refused:
+            raise  # of a refusal lm-eval says only what follows from it
+    finally:
+        evaluate.load = load
+    if refused:
+        raise ValueError(
+            f"--tasks: the metric {refused[0]!r} is Python code on the Hub, which is not run unless asked for: if you trust "
+            "it give --trust-remote-code"
+        )
 
 
 @cache

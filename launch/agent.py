@@ -40,7 +40,7 @@ STORE_INTERVAL = 1.0
 STOP_CODES = tuple(-int(number) for number in STOP_SIGNALS)
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """A stop signal came while no process was running: there is nothing to save."""
 
 
@@ -164,7 +164,9 @@ class Agent(LocalElasticAgent):
         if EXIT_PREEMPTED in codes and (asked or not died):
             return EXIT_PREEMPTED
         if asked and ended and not died:
-            return EXIT_PREEMPTED  # they were not yet so far that they could handle the signal, and so had nothing to save
+            return (
+                EXIT_PREEMPTED  # they were not yet so far that they could handle the signal, and so had nothing to save
+            )
         return None
 
     def _give_time(self, code: int) -> bool:

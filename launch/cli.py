@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, export, eval, sweep-noise, generate."""
+"""The command `newcompute`: plan, prepare, status, report, trace, export, eval, sweep-noise, generate."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_user_error(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
     from train.checkpoint import CheckpointError
     from train.corpus import DataError
     from train.run_folder import RunFolderError
 
-    return isinstance(error, ValueError | OSError | CheckpointError | DataError | RunFolderError)
+    return isinstance(error, CheckpointError | DataError | RunFolderError)
 
 
 def _readable(error: Exception) -> Exception:
@@ -67,11 +69,37 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in CONFIG_COMMANDS.items():
         commands.add_parser(name, help=text)
+    _status_parser(commands)
+    _report_parser(commands)
     _export_parser(commands)
     _eval_parser(commands)
     _sweep_parser(commands)
     _generate_parser(commands)
+    _trace_parser(commands)
     return parser
+
+
+def _status_parser(commands: Any) -> None:
+    parser = commands.add_parser("status", help="where runs stand: step, time left, loss, throughput, checkpoints")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--json", action="store_true", help="print an array of objects, one for each run")
+    parser.set_defaults(run=_status)
+
+
+def _report_parser(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one HTML page of a run, or of several to compare")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; differences are to the first one")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help="page to write (default: RUN/report.html, of several runs report.html here)"
+    )
+    parser.add_argument(
+        "--sample",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="text to continue with each run's latest checkpoint; repeatable, kept in RUN/samples.jsonl",
+    )
+    parser.set_defaults(run=_report)
 
 
 def _export_parser(commands: Any) -> None:
@@ -138,6 +166,13 @@ def _forward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    _trust_argument(parser)
+
+
+def _trust_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model or a task brings along"
+    )
 
 
 def _generate_parser(commands: Any) -> None:
@@ -148,7 +183,16 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    _trust_argument(parser)
     parser.set_defaults(run=_generate)
+
+
+def _trace_parser(commands: Any) -> None:
+    parser = commands.add_parser("trace", help="where a step's time goes, by a trace of the profiler")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="trace (.json or .json.gz), as in RUN/profiles")
+    parser.add_argument("--top", type=_positive, default=15, metavar="N", help="kernels or operators (default 15)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with one object per trace")
+    parser.set_defaults(run=_trace)
 
 
 def _positive(text: str) -> int:
@@ -192,6 +236,20 @@ def _config_command(command: str, arguments: list[str]) -> None:
         print("random data needs no preparation")
 
 
+def _status(options: argparse.Namespace) -> None:
+    from evals.status import print_status
+
+    print_status(options.runs, options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from evals.report import write_report
+
+    if options.out:
+        _check_writable(Path(options.out))
+    print(write_report(options.runs, Path(options.out) if options.out else None, options.sample))
+
+
 def _export(options: argparse.Namespace) -> None:
     from train.export import export, open_trained
 
@@ -205,14 +263,14 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate: give --text FILE or --tasks NAME")
     _refuse_noise_options(options)
     from evals.models import load_model
-    from evals.report import print_results
+    from evals.results import print_results
 
     if options.out:
         _check_writable(Path(options.out))
     if options.transforms:
         result = _eval_under_transforms(options)
     else:
-        model = load_model(options.model, options.device, options.dtype)
+        model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         result = {"model": model.name, "transforms": [], **_eval_clean(options, model)}
     print_results(result)
     if options.out:
@@ -253,7 +311,12 @@ def _eval_clean(options: argparse.Namespace, model: Any) -> dict[str, Any]:
         from evals.tasks import evaluate_tasks
 
         result["tasks"] = evaluate_tasks(
-            model, _names(options.tasks), options.include_path, options.limit, options.batch_size
+            model,
+            _names(options.tasks),
+            options.include_path,
+            options.limit,
+            options.batch_size,
+            options.trust_remote_code,
         )
     return result
 
@@ -264,7 +327,7 @@ def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
     from evals.text import choose_protocol, protocol_record
 
     transforms = read_transforms(options.transforms, options.model)  # refused before the model is loaded
-    model = load_model(options.model, options.device, options.dtype)
+    model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     noisy = transforms.attach(model, options.noise_seed)
     trials = _trials(options)
     result: dict[str, Any] = {"model": model.name, **record(transforms, trials, noisy, options.batch_size)}
@@ -278,7 +341,8 @@ def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
         result["text"] = text_over_chips(model, noisy, trials, files, protocol, options.batch_size)
         result["protocol"] = protocol_record(protocol)
     if options.tasks:
-        how = {"include_path": options.include_path, "limit": options.limit, "batch_size": options.batch_size}
+        names = ("include_path", "limit", "batch_size", "trust_remote_code")
+        how = {name: getattr(options, name) for name in names}
         result["tasks"] = tasks_over_chips(model, noisy, trials, _names(options.tasks), **how)
     return result
 
@@ -307,7 +371,7 @@ def _sweep(options: argparse.Namespace) -> None:
     _check_writable(out)
     probabilities = read_probabilities(options.probabilities)
     transforms = read_transforms(options.transforms, options.model)
-    model = load_model(options.model, options.device, options.dtype)
+    model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     protocol = choose_protocol(model.context, options.context, options.stride)
     trials = _trials(options)
     seed = options.noise_seed
@@ -322,8 +386,21 @@ def _generate(options: argparse.Namespace) -> None:
     from evals.generate import generate
     from evals.models import load_model
 
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, options.device, trust_remote_code=options.trust_remote_code)
     print(generate(model, options.prompt, options.max_new_tokens, options.temperature, options.seed))
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from train.trace_summary import summarize
+    from train.trace_text import comparison_text, trace_record, trace_text
+
+    summaries = [summarize(Path(file)) for file in options.files]
+    if options.json:
+        print(json.dumps([trace_record(summary, options.top) for summary in summaries], indent=2))
+        return
+    print("\n\n".join(trace_text(summary, options.top) for summary in summaries))
+    if len(summaries) > 1:
+        print(f"\n{comparison_text(summaries)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ SLOW = 0.8
 MAX_SKEW = 5.0
 """Seconds between clocks: times in logs, metrics and checkpoints are compared across nodes."""
 MIN_FREE_GIB = 1.0
-SPEEDS = {"tflops": "TFLOP/s", "memory_gbs": "memory GB/s", "link_gbs": "link GB/s", "all_reduce_gbs": "all-reduce GB/s"}
+SPEEDS = {
+    "tflops": "TFLOP/s",
+    "memory_gbs": "memory GB/s",
+    "link_gbs": "link GB/s",
+    "all_reduce_gbs": "all-reduce GB/s",
+}
 NVIDIA_SMI_FIELDS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
     "clocks_throttle_reasons.hw_slowdown": "hardware slowdown",
@@ -59,7 +64,9 @@ def main() -> None:
     problems = check(config)
     if problems:
         message = "the pre-flight check failed:\n" + "\n".join(f"      {problem}" for problem in problems)
-        message += "\n  Leave these nodes out (sbatch --exclude=NODE) or repair them, then start the same command again."
+        message += (
+            "\n  Leave these nodes out (sbatch --exclude=NODE) or repair them, then start the same command again."
+        )
         if not tell_launcher(EXIT_SETUP, message):
             exit_with(RuntimeError(message), EXIT_SETUP)
 
@@ -131,7 +138,9 @@ def check_device(config: Config, problems: list[str]) -> Report:
         problems.append(str(error))
         return {"device": "unknown", "kind": "unknown"}
     if device.type == "cpu" and config.run.device == "auto" and shutil.which("nvidia-smi"):
-        problems.append("the node has an NVIDIA driver, but PyTorch sees no GPU (run.device = cpu says that it is meant)")
+        problems.append(
+            "the node has an NVIDIA driver, but PyTorch sees no GPU (run.device = cpu says that it is meant)"
+        )
     report: Report = {"kind": device.type, "device": "cpu"}
     try:
         if device.type == "cuda":
@@ -152,7 +161,7 @@ def driver_problems(uuid: str) -> list[str]:
 
     if not shutil.which("nvidia-smi") or not uuid:
         return []
-    found = []
+    found: list[str] = []
     query = ["nvidia-smi", "--format=csv,noheader,nounits", f"--id=GPU-{uuid.removeprefix('GPU-')}"]
     for field, name in NVIDIA_SMI_FIELDS.items():
         try:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from models.sizes import LlamaShape, RopeScaling
 
+LARGEST_DIM = 1 << 31
 SHARD_BYTES = 5 * 10**9
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 VOCABULARY_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -75,7 +77,7 @@ def shape_from_hf(folder: Path) -> LlamaShape:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else None
@@ -84,7 +86,7 @@ def shape_from_hf(folder: Path) -> LlamaShape:
         return _shape(config, file)
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}, which a Llama needs") from error
-    except (TypeError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{file} does not hold a Llama's settings: {error}") from error
 
 
@@ -104,6 +106,14 @@ def _shape(config: dict[str, Any], file: Path) -> LlamaShape:
             float(rope["high_freq_factor"]),
             int(rope["original_max_position_embeddings"]),
         )
+    counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    for key in (*counts, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+        if config.get(key) is None and key not in counts:
+            continue
+        if type(config[key]) is not int or not 0 < config[key] <= LARGEST_DIM:
+            raise ValueError(
+                f"{file}: {key}: expected a whole number from 1 to {LARGEST_DIM}, found {config[key]!r:.80}"
+            )
     heads = config["num_attention_heads"]
     return LlamaShape(
         dim=config["hidden_size"],
@@ -121,6 +131,16 @@ def _shape(config: dict[str, Any], file: Path) -> LlamaShape:
     )
 
 
+def no_safetensors(folder: Path) -> str:
+    """Why a folder without safetensors is refused, and what to do."""
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+    found = f" (there is {', '.join(others[:3])})" if others else ""
+    return (
+        f"{folder} has no .safetensors file{found}; pickled formats are not loaded, since they can run code: convert them, "
+        "or ask for the model's safetensors"
+    )
+
+
 class HFWeights:
     """The tensors of a folder's safetensors files, read in parts.
 
@@ -129,16 +149,15 @@ class HFWeights:
     """
 
     def __init__(self, folder: Path):
+        # All files of that kind are opened, and no index is: nothing can name a file outside the folder.
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(
-                f"{folder} has no .safetensors file; other formats are not loaded, since they can run code"
-            )
+            raise ValueError(no_safetensors(folder))
         self._open = []
         for file in files:
             try:
                 self._open.append(safe_open(file, framework="pt"))
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is damaged or cut off: {error}") from error
         self._where = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - not a dict
 

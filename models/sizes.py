@@ -12,6 +12,11 @@ VOCABULARY_MULTIPLE = 128
 """Embedding and head rows are padded to this multiple: tensor cores want it, and TP degrees then divide it."""
 
 
+LARGEST_DIM = 1 << 24
+LARGEST = {"num_layers": 1 << 12, "max_context": 1 << 31}
+"""Beyond these a shape is a mistake, or a damaged file: checks would build a model of it."""
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama-3.1's frequency scaling (Llama 3 herd paper, section 3.4.2 and the released reference code).
@@ -45,6 +50,10 @@ class LlamaShape:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "max_context"):
+            limit = LARGEST.get(name, LARGEST_DIM)
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} {getattr(self, name)} must be from 1 to {limit}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.dim % self.num_heads:  # transformers asks for it also where head_dim is given

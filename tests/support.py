@@ -143,7 +143,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def losses(rows: list[dict]) -> list[tuple[int, float]]:
     """(step, loss) of training and validation rows."""
-    return [(row["step"], row.get("loss", row.get("val_loss"))) for row in rows]
+    return [(row["step"], row.get("loss", row.get("val_loss"))) for row in rows if "event" not in row]
 
 
 def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:

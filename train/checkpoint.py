@@ -6,43 +6,48 @@ a save leaves a folder that no resume will look at. Any number of processes can 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from models.sizes import LlamaShape, RopeScaling
-from parallel.mesh import Mesh
-from parallel.names import named_parameters
-from train.optimizer import distributed_like, plain_moment, set_moment
+from models.sizes import LlamaShape
+from train import checkpoint_files, records
+from train.checkpoint_files import SafeReader
+from train.checkpoint_metadata import DamagedCheckpoint
 
 COMMIT = "commit.json"
+VERIFIED = "verified.json"
 OPTIMIZER_PREFIX = "optimizer."
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+SAMPLE = 64
+"""Parts of tensors whose hashes are recorded at a save and compared by its verification."""
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be saved, found or used; the message says which, why and what to do."""
 
 
+class Damaged(CheckpointError):
+    """A complete checkpoint is not what was saved."""
+
+
 @dataclass(frozen=True)
 class Commit:
     """What the marker of a complete checkpoint records."""
 
-    step: int
+    __pydantic_config__ = records.STRICT
+    step: records.Count
     data: dict[str, Any]
     shape: dict[str, Any]
     tokenizer: str
@@ -51,24 +56,48 @@ class Commit:
     """The tables of the adapters whose weights it holds."""
     optimizer: str = "adamw"
     """Whose state it holds; older markers do not say."""
+    permanent: bool = False
+    """Never deleted."""
+    time: float = 0.0
+    """When it was saved, in seconds since 1970."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every file."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """blake2b sums of `.metadata` and of a sample of the parts, as `train.checkpoint_files` has them."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
+        """
+        Raises:
+            Damaged: the marker is not one; CheckpointError: there is none, or it cannot be read.
+        """
         try:
-            return cls(**json.loads((folder / COMMIT).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+            text = (folder / COMMIT).read_bytes()
+        except OSError as error:
             raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
+        return records.parse(cls, text, folder / COMMIT, Damaged)
+
+    def write(self, folder: Path) -> None:
+        """Make a folder a complete checkpoint."""
+        write_whole(folder / COMMIT, records.sealed(asdict(self)))
 
     def llama_shape(self) -> LlamaShape:
-        scaling = self.shape["rope_scaling"]
-        return LlamaShape(**{**self.shape, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        """
+        Raises:
+            CheckpointError: the marker holds no shape of a Llama.
+        """
+        return records.parse(LlamaShape, json.dumps(self.shape), f"the shape in {COMMIT}", CheckpointError)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def committed_steps(folder: Path) -> dict[int, Path]:
     """Complete checkpoints of a `checkpoints` folder by step, in ascending order."""
     found = {}
     for path in folder.glob("step-*"):
-        match = _STEP_FOLDER.fullmatch(path.name)
+        match = STEP_FOLDER.fullmatch(path.name)
         if match and (path / COMMIT).exists():
             found[int(match[1])] = path
     return dict(sorted(found.items()))
@@ -98,7 +127,7 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
         if resume not in steps:
             raise CheckpointError(f"checkpoint.resume = {resume}: there is no such step; {available}")
         return steps[resume]
-    path = Path(resume)
+    path = as_path(resume)
     if (
         steps
         and folder.resolve() not in (path.resolve(), *path.resolve().parents)
@@ -114,131 +143,92 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
     raise CheckpointError(f'checkpoint.resume = "{resume}": neither a complete checkpoint nor a run that has one')
 
 
-class Checkpoints:
-    """Saves and restores one run's model and optimizer."""
+def as_path(place: str) -> Path:
+    """A folder of this machine, or one behind a URL that fsspec knows (s3://, gs://, memory://, ...)."""
+    if "://" not in place:
+        return Path(place)
+    from upath import UPath
 
-    def __init__(self, folder: Path, keep: int, parts: Sequence[nn.Module], optimizer: Optimizer, mesh: Mesh):
-        self.folder, self.keep, self.optimizer, self.mesh = folder, keep, optimizer, mesh
-        # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
-        self.parameters = dict(named_parameters(*parts))
+    return cast(Path, UPath(place))
 
-    def save(self, step: int, commit_in: Callable[[Path], Commit]) -> Path:
-        """Write a checkpoint of the current state and commit it; collective.
 
-        Args:
-            commit_in: called on every rank with the folder, for what else belongs there; main's result is the marker.
-
-        Raises:
-            CheckpointError: on every rank, when any rank could not write.
-        """
-        path = self.folder / f"step-{step:08d}"
-        self._on_main(lambda: _make_empty(path), f"prepare {path}")
-        try:
-            dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True))
-        except (CheckpointException, OSError, RuntimeError) as error:
-            if isinstance(error, CheckpointException) and any(
-                isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()
-            ):
-                raise KeyboardInterrupt from error
-            raise CheckpointError(
-                self._advice(f"could not save step {step} to {path}: {_root_cause(error)}")
-            ) from error
-        commit: list[Commit] = []
-        self._on_all(lambda: commit.append(commit_in(path)), f"save step {step} to {path}")
-        self._on_main(lambda: _commit(path, commit[0]), f"commit {path}")
-        self._on_main(self._remove_old, f"remove old checkpoints in {self.folder}")
-        return path
-
-    def load(self, path: Path) -> None:
-        """Fill model and optimizer from a checkpoint, in place and whatever layout it was saved on; collective.
-
-        Raises:
-            CheckpointError: a file is damaged or a tensor is missing.
-        """
-        state = self._state()
-        try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
-        except (CheckpointException, OSError, RuntimeError, EOFError) as error:
-            others = [step for step in committed_steps(self.folder) if step != int(path.name.partition("-")[2] or -1)]
-            remedy = (
-                f"; other complete steps: {', '.join(map(str, others))} (--checkpoint.resume STEP)" if others else ""
-            )
-            raise CheckpointError(f"could not load {path}: {_root_cause(error)}{remedy}") from error
-        for key, moment in self._moments():
-            set_moment(moment, state[key])
-
-    def remove_torn(self) -> None:
-        """Delete what interrupted saves have left (main process)."""
-        for path in self.folder.glob("step-*"):
-            if _STEP_FOLDER.fullmatch(path.name) and not (path / COMMIT).exists():
-                shutil.rmtree(path, ignore_errors=True)
-
-    def set_aside_after(self, step: int) -> list[Path]:
-        """Rename checkpoints later than `step`, so that a run resumed there does not jump to its old future (main process)."""
-        renamed = []
-        for later, path in committed_steps(self.folder).items():
-            if later > step:
-                names = (f"{path.name}.superseded{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
-                target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-                renamed.append(path.rename(target))
-        return renamed
-
-    def _state(self) -> dict[str, Tensor]:
-        """Every tensor to keep, under its plain name; loads write into these, of which only quantised moments are copies."""
-        state = {name: _plain(parameter.detach()) for name, parameter in self.parameters.items()}
-        return state | {key: plain_moment(moment) for key, moment in self._moments()}
-
-    def _moments(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                yield f"{OPTIMIZER_PREFIX}{name}.{key}", value
-
-    def _on_main(self, action: Callable[[], None], what: str) -> None:
-        """Run on the main process; its failure is everyone's."""
-        self._on_all(action if self.mesh.is_main else lambda: None, what)
-
-    def _on_all(self, action: Callable[[], None], what: str) -> None:
-        """Run on every process; the failure of one is everyone's."""
-        problem = ""
-        try:
-            action()
-        except OSError as error:
-            problem = f"could not {what}: {error}"
-        problems = [found for found in self.mesh.gather_objects(problem) if found]
-        if problems:
-            raise CheckpointError(self._advice(problems[0]))
-
-    def _advice(self, problem: str) -> str:
-        steps = committed_steps(self.folder)
-        last = f"the last complete one is step {max(steps)}" if steps else "there is no complete one yet"
-        free = shutil.disk_usage(self.folder if self.folder.exists() else ".").free / 2**30
-        last += f"; {free:.1f} GiB are free there"
-        return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command."
-
-    def _remove_old(self) -> None:
-        steps = committed_steps(self.folder)
-        for step in list(steps)[: -self.keep]:
-            # The marker goes first: a deletion that is interrupted must not leave something that looks complete.
-            (steps[step] / COMMIT).unlink()
-            shutil.rmtree(steps[step])
+def is_url(path: Path) -> bool:
+    """Whether a path is one of fsspec's URLs and not of this machine."""
+    return "://" in str(path)
 
 
 def checkpoint_names(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the model's tensors in a checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    """Names and shapes of the model's tensors in a checkpoint.
+
+    Raises:
+        Damaged: its metadata is not what was saved; CheckpointError: it cannot be read.
+    """
+    try:
+        metadata: dict[str, Any] = SafeReader(str(path), Commit.read(path).hashes).read_metadata().state_dict_metadata
+    except (DamagedCheckpoint, OSError) as error:
+        raise _explained(error, path) from error
     return {name: entry.size for name, entry in metadata.items() if not name.startswith(OPTIMIZER_PREFIX)}
 
 
 def read_tensors(path: Path, names: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Read some of a checkpoint's tensors whole, float32 on CPU, without a process group."""
     state: dict[str, Any] = {name: torch.empty(size, dtype=torch.float32) for name, size in names.items()}
+    load_into(state, path, no_dist=True)
+    return state
+
+
+def load_into(state: dict[str, Any], path: Path, no_dist: bool = False) -> None:
+    """Fill tensors from a complete checkpoint, in place; collective unless `no_dist`.
+
+    Raises:
+        Damaged: a file is not what was saved; CheckpointError: a tensor is missing, or the storage cannot be read.
+    """
+    reader = SafeReader(str(path), Commit.read(path).hashes)
     try:
+        reader.read_metadata()  # DCP would report what is wrong with it as its own AssertionError
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except (CheckpointException, OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"could not load {path}: {_root_cause(error)}") from error
-    return state
+            dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    except (CheckpointException, DamagedCheckpoint, OSError, RuntimeError, EOFError) as error:
+        raise _explained(error, path) from error
+
+
+def verify(path: Path) -> None:
+    """Compare a complete checkpoint with what its marker says: files, sizes, and the hashes of a sample.
+
+    Raises:
+        Damaged: it differs; CheckpointError: it cannot be read.
+    """
+    commit = Commit.read(path)
+    try:
+        checkpoint_files.verify(str(path), commit.files or None, SAMPLE, commit.hashes)
+    except (DamagedCheckpoint, OSError) as error:
+        raise _explained(error, path) from error
+    record = {"time": round(time.time(), 3), "files": len(commit.files), "parts": len(commit.hashes)}
+    write_whole(path / VERIFIED, json.dumps(record) + "\n")
+
+
+def is_verified(path: Path) -> bool:
+    return (path / VERIFIED).exists()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all."""
+    if is_url(path):
+        path.write_text(text)  # an object appears when it is complete
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    for folder in (path.parent, path.parent.parent):  # the file's name, and its folder's
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_model(
@@ -271,38 +261,17 @@ def check_model(
         )
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A parameter without what a library has wrapped its storage in (torchao, to gather it as float8)."""
-    if isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor._local_tensor):
-        return distributed_like(tensor._local_tensor._tensor, tensor)
-    return tensor
-
-
-def _make_empty(path: Path) -> None:
-    if path.exists():
-        (path / COMMIT).unlink(missing_ok=True)
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
-def _commit(path: Path, commit: Commit) -> None:
-    temporary = path / (COMMIT + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(asdict(commit), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / COMMIT)
-    for folder in (path, path.parent):  # the marker's name, and the step's
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first rank's own error, out of DCP's collected ones."""
+def root_cause(error: BaseException) -> str:
+    """The first process's own error, out of DCP's collected ones."""
+    if isinstance(error, DamagedCheckpoint):
+        return str(error)
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"{type(cause).__name__} on rank {rank}: {cause}"
     return f"{type(error).__name__}: {error}"
+
+
+def _explained(error: BaseException, path: Path) -> CheckpointError:
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    kind = Damaged if any(isinstance(cause, DamagedCheckpoint) for cause in causes) else CheckpointError
+    return kind(f"could not load {path}: {root_cause(error)}")

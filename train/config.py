@@ -320,6 +320,18 @@ class MetricsConfig(Section):
     """Write TensorBoard events into the run folder."""
 
 
+class ProfilingConfig(Section):
+    trace_step: Count = 0
+    """First step to trace, written to RUN/profiles and summed up in the log; the step before it is the profiler's warm-up.
+    0: none. A start of the run beyond this step traces nothing."""
+    trace_steps: Annotated[PositiveCount, Field(le=100)] = 3
+    """Steps to trace; a trace takes megabytes per step."""
+    memory_step: Count = 0
+    """Step whose allocations on the GPU are recorded and written as a memory snapshot; 0: none."""
+    ranks: Literal["main", "all"] = "main"
+    """Processes that write: the main one, or each its own files."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -339,6 +351,7 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     faults: FaultsConfig = FaultsConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
     noise: NoiseConfig = NoiseConfig()
     transforms: list[TransformSpec] = []
     """Hardware effects and adapters: `[[transforms]]` tables, each with a `kind` (docs/transforms.md)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from models.sizes import LlamaShape
 from parallel.degrees import (
@@ -17,7 +18,8 @@ from parallel.degrees import (
 )
 from parallel.float8_layers import PART, choices
 from train.config import Config, OptimizerConfig, ParallelConfig, named_shape, total_steps
-from train.config_sources import Problem
+from train.config_sources import Problem, schema_keys
+from train.redaction import STARS, find_secret
 from transforms.specs import TransformSpec
 
 HEAD_IN_CHUNKS = "hardware effects on what the head reads and returns need the whole batch, not chunks of it"
@@ -25,6 +27,7 @@ HEAD_IN_CHUNKS = "hardware effects on what the head reads and returns need the w
 
 def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     """All problems between fields; `world_size` None leaves out the rules that need it."""
+    yield from _secrets(config)
     shape, problems = _shape(config)
     yield from problems
     yield from _sources(config)
@@ -42,6 +45,21 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem(message, "data.max_documents", config.data.max_documents)
     if config.transforms and shape is not None:
         yield from _transforms(config, shape)
+
+
+def _secrets(config: Config) -> Iterator[Problem]:
+    """The configuration is printed, kept in the run folder and sent to W&B."""
+    for key, _ in schema_keys():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if find_secret([one.model_dump() for one in value] if key in ("data.sources", "transforms") else value):
+            message = (
+                "this holds a secret, and a configuration is printed and stored: leave it out, and set the environment"
+            )
+            yield Problem(
+                f"{message} (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY, ...) or log in instead", key, STARS
+            )
 
 
 def _shape(config: Config) -> tuple[LlamaShape | None, list[Problem]]:
@@ -113,6 +131,10 @@ def length_problems(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     steps = total_steps(config, shape)
     if config.schedule.warmup_steps is not None and config.schedule.warmup_steps > steps:
         yield Problem(f"longer than the run of {steps} steps", "schedule.warmup_steps", config.schedule.warmup_steps)
+    for key in ("trace_step", "memory_step"):
+        step = getattr(config.profiling, key)
+        if step > steps:
+            yield Problem(f"beyond the last step, {steps}: nothing would be recorded", f"profiling.{key}", step)
     # The sizes of clm name the context they were published with; their rotary table can be of any length.
     limited = config.model.name == "llama3" or config.model.init_from
     if limited and config.training.sequence_length > shape.max_context:

@@ -22,6 +22,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
+from train.redaction import redact
 from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec
 
 EXIT_CONFIG = 2
@@ -51,7 +52,7 @@ class ConfigError(Exception):
     def __init__(self, problems: Sequence[Problem]):
         self.problems = list(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{count} in the configuration:\n\n" + "\n\n".join(map(str, self.problems)))
+        super().__init__(redact(f"{count} in the configuration:\n\n" + "\n\n".join(map(str, self.problems))))
 
 
 @dataclass
@@ -174,7 +175,7 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
         by = f" (included by {includers[-1]})" if includers else ""
         sources.problems.append(Problem(f"cannot read this file{by}: {error.strerror or error}", origin=path))
         return
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         sources.problems.append(Problem(f"not a TOML file: {error}", origin=path))
         return
     included = content.pop("include", [])
@@ -222,7 +223,7 @@ def _flag_value(key: str, text: str) -> Any:
         return text
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return text if isinstance(value, date | time) else value  # no field is a date, but a path may look like one
 
@@ -426,5 +427,5 @@ def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tupl
 
 
 def exit_with(error: Exception, code: int = EXIT_CONFIG) -> NoReturn:
-    print(f"newcompute: {error}", file=sys.stderr, flush=True)
+    print(redact(f"newcompute: {error}"), file=sys.stderr, flush=True)
     raise SystemExit(code)

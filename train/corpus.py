@@ -25,6 +25,10 @@ import pyarrow.parquet
 
 from train.config import SourceConfig
 
+# What one file or line may unpack to: more is a mistake, or a compressed file made to fill the memory.
+LONGEST_TEXT = 1 << 32
+LONGEST_LINE = 1 << 28
+
 
 class DataError(Exception):
     """The data cannot be used as configured; the message says what, where and what to do."""
@@ -188,14 +192,17 @@ def _naming(path: Path) -> Iterator[None]:
     """Turn what a damaged file raises into a `DataError` that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _read_text(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     with _naming(path), opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        return file.read()
+        text = file.read(LONGEST_TEXT + 1)
+    if len(text) > LONGEST_TEXT:
+        raise DataError(f"{path} unpacks to more than {LONGEST_TEXT:,} characters: cut it into several files")
+    return text
 
 
 def _records(path: Path, column: str) -> Iterator[str]:
@@ -219,12 +226,14 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 def _jsonl(path: Path, column: str) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
             if not line.strip():
                 continue
+            if len(line) == LONGEST_LINE:
+                raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
             try:
                 text = json.loads(line)[column]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: expected a JSON object with a field {column!r} ({error})") from error
             if not isinstance(text, str):
                 raise DataError(f"{path}:{number}: field {column!r} is not a string")
@@ -253,4 +262,7 @@ def _hub(source: SourceConfig, dataset: Any, first: int) -> Iterator[Document]:
     for number, record in enumerate(dataset, start=first):
         if source.column not in record:
             raise DataError(f"{source.dataset} has no column {source.column!r}; it has {', '.join(record)}")
-        yield Document(record[source.column] or "", is_held_out(str(number), source.validation_fraction))
+        text = record[source.column] or ""
+        if not isinstance(text, str):
+            raise DataError(f"{source.dataset}: column {source.column!r} holds {type(text).__name__}, not text")
+        yield Document(text, is_held_out(str(number), source.validation_fraction))

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from models.loss import IGNORE
+from train import records
 from train.config import Config
 from train.corpus import DataError
 from train.prepare import corpus_folder
-from train.shards import MANIFEST, Manifest, TokenFile, verify
+from train.shards import MANIFEST, Manifest, TokenFile, check_files, verify
 from train.tokenizer import Tokenizer
 
 TOO_LITTLE_HELD_OUT = (
@@ -41,9 +42,10 @@ MIXTURE_PERIOD = 1024
 class DataState:
     """Where training stands in the data: all that a checkpoint needs to keep."""
 
-    epoch: int
-    seed: int
-    rows_consumed: int
+    __pydantic_config__ = records.STRICT
+    epoch: records.Count
+    seed: records.Count
+    rows_consumed: records.Count
     fingerprint: str
 
 
@@ -154,7 +156,7 @@ def open_data(
     """Training and validation rows of a prepared configuration.
 
     Args:
-        check: also verify the shards' sizes and contents (once per run is enough: rank 0 does).
+        check: also verify the shards' contents (once per run is enough: rank 0 does).
 
     Raises:
         DataError: not prepared, damaged, made with another tokenizer, or too short.
@@ -177,8 +179,7 @@ def open_data(
                 f"{folder} was tokenised with another tokenizer (its manifest says {manifest.tokenizer['fingerprint'][:12]}, "
                 f"this run's is {tokenizer.fingerprint[:12]}): run `newcompute prepare` again"
             )
-        if check:
-            verify(folder, manifest)
+        (verify if check else check_files)(folder, manifest)
         rows = CorpusRows(TokenFile(folder, manifest, "train"), length, (seed, s))
         if rows.count < 1:
             raise DataError(
@@ -287,8 +288,8 @@ class TrainingData(Protocol):
         """
         ...
 
-    def save(self, batches: Any, folder: Path, rank: int) -> dict[str, Any]:
-        """The data state of a checkpoint that is being written to `folder`; a rank's own part is written there."""
+    def state(self, batches: Any, rank: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The data state that a checkpoint records, and this rank's own files for its folder."""
         ...
 
 
@@ -305,8 +306,8 @@ class PreparedData:
         first_step = first_step_of(resumed[1], self.rows, config) if resumed else 0
         return RowBatches(self.rows, config, rank, size, first_step, pin)
 
-    def save(self, batches: RowBatches, folder: Path, rank: int) -> dict[str, Any]:
-        return batches.state()
+    def state(self, batches: RowBatches, rank: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        return batches.state(), {}
 
 
 def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
@@ -315,10 +316,7 @@ def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
     Raises:
         DataError: the state belongs to other data, another seed, or another batch size that does not meet a step's start.
     """
-    try:
-        saved = DataState(**state)
-    except TypeError as error:
-        raise DataError(f"the checkpoint's record of its data is damaged: {error}") from error
+    saved = records.parse(DataState, json.dumps(state), "the checkpoint's record of its data", DataError)
     if saved.fingerprint != rows.fingerprint:
         raise DataError("the checkpoint was trained on other data (corpus, weights or sequence length differ)")
     if saved.seed != config.run.seed:

@@ -25,12 +25,15 @@ from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
 from train.metrics import Recorder
-from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_SETUP
+from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
+from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
+from train.redaction import redact
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
 from transforms.apply import table
+
 
 class JobError(Exception):
     """The job cannot start or go on; `code` is the exit code."""
@@ -44,25 +47,27 @@ def run_job(config: Config) -> None:
     """Run a configuration to its end on this process.
 
     Raises:
-        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite) or 4 (checkpoint could not be
-            saved or loaded).
+        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite), 4 (checkpoint could not be
+            saved or loaded) or 75 (asked to stop; the same command goes on).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
-    try:
-        with _explained(folder, checkpoint_code=EXIT_SETUP):
-            meshes.choose_device(config.run.device)
-            if rank == 0:
-                _check_before_start(config, folder)
-                folder.lock()
-            mesh = meshes.start(config.run.device, **resolve_degrees(config, world_size)._asdict())
+    with Signals() as signals:
         try:
-            with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
-                _train(config, mesh, folder)
+            with _explained(folder, checkpoint_code=EXIT_SETUP):
+                meshes.choose_device(config.run.device)
+                if rank == 0:
+                    _check_before_start(config, folder)
+                    folder.lock()
+                mesh = meshes.start(config.run.device, **resolve_degrees(config, world_size)._asdict())
+            signals.leave_to_agreements()
+            try:
+                with _explained(folder, checkpoint_code=EXIT_CHECKPOINT):
+                    _train(config, mesh, folder, signals)
+            finally:
+                dist.destroy_process_group()
         finally:
-            dist.destroy_process_group()
-    finally:
-        folder.unlock()
+            folder.unlock()
 
 
 @contextmanager
@@ -70,6 +75,10 @@ def _explained(folder: RunFolder, checkpoint_code: int) -> Iterator[None]:
     """Turn every error that a user can do something about into a `JobError`."""
     try:
         yield
+    except Preempted as stop:
+        raise JobError(
+            str(stop) or "asked to stop before the first step; start the same command again", EXIT_PREEMPTED
+        ) from stop
     except NonFinite as error:
         raise JobError(str(error), EXIT_NON_FINITE) from error
     except CheckpointError as error:
@@ -122,14 +131,14 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
         raise DataError(TOO_LITTLE_HELD_OUT)
 
 
-def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
+def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signals) -> None:
     _set_determinism(config, mesh.device)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
     data = _training_data(config, mesh, tokenizer, shape)
-    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights)
+    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, signals)
     resumed_from = trainer.resume()
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.
@@ -154,10 +163,19 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder) -> None:
         recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")
         if trainer.step >= trainer.last_step:
             recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")
-        trainer.run(recorder)
+        if not trainer.run(recorder):
+            recorder.event(trainer.step, "preempted", "asked to stop")
+            raise Preempted(_after_stop(trainer))
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
         recorder.close()
+
+
+def _after_stop(trainer: Trainer) -> str:
+    """What a run that was asked to stop leaves behind."""
+    if not trainer.config.checkpoint.interval:
+        return f"asked to stop after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
+    return f"asked to stop: step {trainer.step} is saved, and the same command goes on from there"
 
 
 def _training_data(config: Config, mesh: meshes.Mesh, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:
@@ -236,7 +254,7 @@ def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Tra
     degrees = resolve_degrees(config, mesh.world_size)
     precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
     return (
-        f"{' '.join(sys.argv)}\n"
+        f"{redact(' '.join(sys.argv))}\n"
         f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
         f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
         f"({degrees}), {precision}\n"

@@ -6,6 +6,7 @@ Without torchrun it runs as one process. `--help` lists every setting.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,12 +16,14 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
 from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
-from train.outcome import tell_launcher  # noqa: E402
+from train.outcome import EXIT_PREEMPTED, leave_at_once, tell_launcher  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, refuse what cannot work before anything starts, then run the job."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the job takes them over (train/preemption.py)
+        signal.signal(number, lambda *_: leave_at_once())
     if "--help" in arguments or "-h" in arguments:
         print(__doc__ + "\n  --config FILE.toml (repeatable; later files win, flags win over files)\n" + help_text())
         return
@@ -32,9 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         if tell_launcher(EXIT_CONFIG, str(error)):
             return
         if not is_main:
-            time.sleep(
-                15
-            )  # every process finds the same; the first exit makes torchrun end the others, the speaker too
+            time.sleep(15)  # all find the same; the first exit makes torchrun end the others, the speaker too
             raise SystemExit(EXIT_CONFIG) from None
         exit_with(error)
 
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     except JobError as error:
         if tell_launcher(error.code, str(error)):
             return
+        if not is_main and error.code == EXIT_PREEMPTED:
+            raise SystemExit(error.code) from None  # the main process says it
         if not is_main:
             # Most errors are everyone's, and the first exit makes torchrun end the others: the main process speaks
             # first. What only this process met is said a little later.

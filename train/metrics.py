@@ -15,6 +15,7 @@ import torch
 from models.sizes import FLOPS_FORMULA, LlamaShape, flops_per_token, peak_flops
 from train.config import Config
 from train.config_sources import to_toml
+from train.redaction import redact
 
 LN2 = math.log(2)
 
@@ -102,6 +103,7 @@ class Recorder:
     def event(self, step: int, kind: str, message: str) -> None:
         """Something a reader of the run should know of, beside the curves: shown, and a row of its own."""
         if self.active:
+            message = redact(message)
             self._write({"step": step, "event": kind, "message": message})
             self._screen.say(f"step {step}: {message}")
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_OTHER = 1
 EXIT_SETUP = 2
@@ -45,6 +47,15 @@ def tell_launcher(code: int, message: str = "") -> bool:
     except OSError:
         return False
     return True
+
+
+def leave_at_once() -> NoReturn:
+    """End this process, which was asked to stop before it has anything to save."""
+    message = "asked to stop, with nothing to be saved; start the same command again"
+    told = tell_launcher(EXIT_PREEMPTED, message)
+    if not told:
+        print(message, file=sys.stderr, flush=True)
+    os._exit(0 if told else EXIT_PREEMPTED)
 
 
 def read_outcomes(folder: Path) -> dict[int, tuple[int, str]]:

@@ -25,7 +25,7 @@ from train.corpus import DataError
 from train.plan_memory import GIB, MemoryPlan, block_bytes, plan_memory
 from train.plan_search import USABLE, Candidate, least_memory, smallest_world, suggest
 from train.plan_setup import Setup
-from train.plan_time import GPUS, NETWORK, NODE, Gpu, TimePlan, extra_share, plan_time
+from train.plan_time import ASSUMED_MFU, GPUS, NETWORK, NODE, Gpu, TimePlan, extra_share, plan_time
 
 OPTIONS = ("--world-size", "--mfu", "--gpu", "--gpu-memory")
 SUGGESTIONS = 5
@@ -38,7 +38,7 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
         ConfigError: the configuration, or an option, is not valid.
     """
     world_size = _number(options, "--world-size", NODE if suggesting else 1, int)
-    mfu = _number(options, "--mfu", 0.4, float)
+    mfu = _number(options, "--mfu", ASSUMED_MFU, float)
     gpu = _gpu(options)
     config = load_config(files, flags, None if suggesting else world_size)
     shape, vocabulary_note = _shape(config)
@@ -281,6 +281,12 @@ def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | Non
     """The table of transforms, from a model without memory; and the parameters that are trained, if not all of them."""
     if not config.transforms:
         return ["transforms   none"], None
+    lines, trained = transform_table(config, shape)
+    return [f"{'' if i else 'transforms':12} {line}" for i, line in enumerate(lines)], trained
+
+
+def transform_table(config: Config, shape: LlamaShape) -> tuple[list[str], int | None]:
+    """What a run's transforms do to which layers, as lines; and the parameters that are trained, if not all of them."""
     import torch
 
     from models.llama import Llama
@@ -289,11 +295,11 @@ def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | Non
     with torch.device("meta"):
         model = Llama(shape, context=1)
         noise = apply(model, config.transforms, seed=0)
-    lines = [f"{'' if i else 'transforms':12} {line}" for i, line in enumerate(table(noise))]
+    lines = list(table(noise))
     if not any(spec.kind == "lora" for spec in config.transforms):
         return lines, None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [*lines, f"{'':12} {trained:,} parameters are trained"], trained
+    return [*lines, f"{trained:,} parameters are trained"], trained
 
 
 def _shape(config: Config) -> tuple[LlamaShape, str]:

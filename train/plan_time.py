@@ -20,6 +20,8 @@ NETWORK = 50e9
 """Bytes/s of each GPU's link to other nodes, per direction: 400 Gbit/s."""
 HOST_LINK = 50e9
 """Bytes/s between a GPU and its host's memory, per direction (PCIe 5.0 x16)."""
+ASSUMED_MFU = 0.4
+"""Share of its peak that arithmetic reaches while it runs, unless another one is given."""
 HIDDEN = 0.9
 """Share of the traffic beside arithmetic that is really hidden by it."""
 FLOAT8_GAIN = {"tensorwise": 1.5, "rowwise": 1.15}

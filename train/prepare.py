@@ -15,16 +15,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from train import records
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, DocumentStream, documents, embedded_files, input_files
-from train.shards import MANIFEST, Manifest, ShardFile, Split, SplitWriter
+from train.shards import MANIFEST, Manifest, Split, SplitWriter
 from train.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 TOKENS_PER_FILE = 100_000_000
@@ -117,19 +118,30 @@ def _readable_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Position:
+    """How far an interrupted attempt came."""
+
+    __pydantic_config__ = records.STRICT
+    identity: str
+    documents: records.Count
+    hub_state: dict[str, Any] | None
+    splits: dict[str, Split]
+
+
 class _Tokenization:
     """One source being tokenised into its `.partial` folder."""
 
     def __init__(self, folder: Path, source: SourceConfig, tokenizer: Tokenizer, inputs: str):
         self.folder, self.source, self.tokenizer, self.inputs = folder, source, tokenizer, inputs
-        self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self.dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         self.identity = _digest([inputs, tokenizer.fingerprint, _content(source)])
 
     def run(self, say: Callable[[str], None]) -> Manifest:
         position = self._resume()
-        splits = {name: _split_from_json(position["splits"].get(name)) for name in ("train", "validation")}
+        splits = {name: position.splits.get(name, Split()) for name in ("train", "validation")}
         writers = {name: SplitWriter(self.folder, name, self.dtype, TOKENS_PER_FILE, splits[name]) for name in splits}
-        stream = documents(self.source, position["documents"], position["hub_state"])
+        stream = documents(self.source, position.documents, position.hub_state)
         progress = _Progress(say, f"tokenising {self.source.source}")
         try:
             self._tokenise(stream, writers, progress)
@@ -173,26 +185,18 @@ class _Tokenization:
             "splits": {name: asdict(writer.split) for name, writer in writers.items()},
         }
         temporary = self.folder / "position.tmp"
-        temporary.write_text(json.dumps(position), encoding="utf-8")
+        temporary.write_text(records.sealed(position), encoding="utf-8")
         os.replace(temporary, self.folder / "position.json")
 
-    def _resume(self) -> dict:
+    def _resume(self) -> _Position:
         """The noted position of an interrupted attempt at the same work, or a fresh start."""
-        try:
-            position = json.loads((self.folder / "position.json").read_text(encoding="utf-8"))
-            if position["identity"] == self.identity:
+        with suppress(DataError):
+            position = records.read(_Position, self.folder / "position.json", DataError)
+            if position.identity == self.identity:
                 return position
-        except (OSError, json.JSONDecodeError, KeyError):
-            pass
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        return {"documents": 0, "hub_state": None, "splits": {}}
-
-
-def _split_from_json(record: dict | None) -> Split:
-    if record is None:
-        return Split()
-    return Split(**{**record, "files": [ShardFile(**file) for file in record["files"]]})
+        return _Position(self.identity, 0, None, {})
 
 
 def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:

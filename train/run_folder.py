@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,10 @@ MAY_CHANGE = (
     "checkpoint.",
     "faults.",
     "metrics.",
+    "profiling.",
 )
+
+LOCK_TRIALS = 3
 
 
 class RunFolderError(Exception):
@@ -40,18 +44,30 @@ class RunFolderError(Exception):
 class RunFolder:
     """Paths inside `run.dir`/`run.name`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, checkpoints: str | None = None):
         self.path = path
+        self._checkpoints = checkpoints
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
+        self.profiles = path / "profiles"
         self._lock: IO[str] | None = None
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        return cls(Path(config.run.dir) / config.run.name)
+        return cls(Path(config.run.dir) / config.run.name, config.checkpoint.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints, which `checkpoint.dir` may have put elsewhere, also behind a URL."""
+        if self._checkpoints is None:
+            self._checkpoints = self.read_config().checkpoint.dir if self.config_file.exists() else ""
+        if not self._checkpoints:
+            return self.path / "checkpoints"
+        from train.checkpoint import as_path  # imports torch, which a look at a run need not
+
+        return as_path(self._checkpoints) / self.path.name
 
     def check(self, config: Config) -> None:
         """
@@ -61,7 +77,7 @@ class RunFolder:
         if not self.config_file.exists():
             return
         stored = self.read_config()
-        mine, theirs = _flat(config.model_dump()), _flat(stored.model_dump())
+        mine, theirs = flat(config.model_dump()), flat(stored.model_dump())
         keys = [key for key in sorted(mine.keys() | theirs.keys()) if not key.startswith(MAY_CHANGE)]
         different = [key for key in keys if mine.get(key) != theirs.get(key)]
         if different:
@@ -78,13 +94,21 @@ class RunFolder:
             RunFolderError: another job is using the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the job
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
-            ) from None
+        file = self.path / ".lock"
+        self._lock = open(file, "a")  # noqa: SIM115 - held as long as the job
+        for trial in range(LOCK_TRIALS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # `newcompute status` takes it for an instant, to see whether a job has it.
+                if trial < LOCK_TRIALS - 1:
+                    time.sleep(0.1)
+                    continue
+                raise RunFolderError(
+                    f"{self.path} is in use by another job: wait for it, stop it, or choose another run.name"
+                ) from None
+        os.utime(file)  # when this job began
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -98,35 +122,44 @@ class RunFolder:
         """
         try:
             return Config.model_validate(tomli.loads(self.config_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.config_file} cannot be read as a run's configuration: {error}") from error
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.config_file, to_toml(config))
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`; a torn last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+        return rows
+
     def cut_metrics_after(self, step: int) -> None:
         """Drop metrics of steps beyond the checkpoint: they will be written again. A torn last line goes too."""
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
         _write_atomically(self.metrics_file, "".join(kept))
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings under their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _write_atomically(path: Path, text: str) -> None:

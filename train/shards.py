@@ -10,21 +10,25 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from train import records
 from train.corpus import DataError
 
 MANIFEST = "manifest.json"
+PREPARE = "; run `newcompute prepare` again"
+REMEDY = "; delete the folder and run `newcompute prepare` again"
 FULL_HASH_LIMIT = 4 << 30
 """Up to this many bytes every shard's content is hashed when a run starts; beyond, sizes are checked."""
 
 
 @dataclass
 class ShardFile:
+    __pydantic_config__ = records.STRICT
     name: str
-    tokens: int
+    tokens: records.Count
     sha256: str
 
 
@@ -32,9 +36,10 @@ class ShardFile:
 class Split:
     """One of "train" and "validation"."""
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
+    __pydantic_config__ = records.STRICT
+    documents: records.Count = 0
+    tokens: records.Count = 0
+    bytes: records.Count = 0
     """UTF-8 bytes of the text, for bits per byte."""
     files: list[ShardFile] = field(default_factory=list)
 
@@ -43,12 +48,13 @@ class Split:
 class Manifest:
     """What a folder of shards holds, and from what it was made."""
 
+    __pydantic_config__ = records.STRICT
     source: dict[str, Any]
     inputs: str
     """Hash of the input: of the text (embedded), or of names, sizes and modification times (files)."""
     tokenizer: dict[str, Any]
     """kind, fingerprint, vocab_size, bos_id"""
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     splits: dict[str, Split]
 
     @property
@@ -59,23 +65,42 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(records.sealed(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """
         Raises:
-            DataError: the manifest is not one that `prepare` wrote.
+            DataError: the manifest is not one that `prepare` wrote, or has been changed.
         """
-        try:
-            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            splits = {
-                name: Split(**{**split, "files": [ShardFile(**file) for file in split["files"]]})
-                for name, split in content.pop("splits").items()
-            }
-            return cls(splits=splits, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / MANIFEST} cannot be read ({error}); run `newcompute prepare` again") from error
+        manifest = records.read(cls, folder / MANIFEST, DataError, PREPARE)
+        if not isinstance(manifest.tokenizer.get("fingerprint"), str) or set(manifest.splits) != {
+            "train",
+            "validation",
+        }:
+            raise DataError(
+                f"{folder / MANIFEST} cannot be read (its tokenizer or one of its splits is missing){PREPARE}"
+            )
+        for name, split in manifest.splits.items():
+            if split.tokens != sum(file.tokens for file in split.files):
+                raise DataError(f"{folder / MANIFEST} cannot be read (the tokens of {name} do not add up){PREPARE}")
+        return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check that every shard lies in the folder and has its size, before anything is mapped.
+
+    Raises:
+        DataError: naming the first shard that is missing, elsewhere or cut off.
+    """
+    item = np.dtype(manifest.dtype).itemsize
+    for file in (file for split in manifest.splits.values() for file in split.files):
+        path = records.file_inside(folder, file.name, DataError, REMEDY)
+        if not path.is_file():
+            raise DataError(f"token shard {path} is missing{REMEDY}")
+        size = path.stat().st_size
+        if size != file.tokens * item:
+            raise DataError(f"token shard {path} has {size} bytes, its manifest says {file.tokens * item}{REMEDY}")
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -84,23 +109,15 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         DataError: naming the first shard that is missing, cut off or changed.
     """
+    check_files(folder, manifest)
     files = [file for split in manifest.splits.values() for file in split.files]
-    item = np.dtype(manifest.dtype).itemsize
-    remedy = "delete the folder and run `newcompute prepare` again"
-    for file in files:
-        path = folder / file.name
-        if not path.exists():
-            raise DataError(f"token shard {path} is missing; {remedy}")
-        size = path.stat().st_size
-        if size != file.tokens * item:
-            raise DataError(f"token shard {path} has {size} bytes, its manifest says {file.tokens * item}; {remedy}")
-    if sum(file.tokens for file in files) * item > FULL_HASH_LIMIT:
+    if sum(file.tokens for file in files) * np.dtype(manifest.dtype).itemsize > FULL_HASH_LIMIT:
         return
     for file in files:
         with open(folder / file.name, "rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                 raise DataError(
-                    f"token shard {folder / file.name} is not what its manifest says (sha256 differs); {remedy}"
+                    f"token shard {folder / file.name} is not what its manifest says (sha256 differs){REMEDY}"
                 )
 
 

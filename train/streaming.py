@@ -16,7 +16,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from parallel.mesh import Mesh
+from train import records
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
 from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, DataState, HeldOut
@@ -79,7 +79,10 @@ class Shards:
         for record in islice(shard, skip, None):
             if column not in record:
                 raise DataError(f"{self.source.dataset} has no column {column!r}; it has {', '.join(record)}")
-            yield self._record(record[column] or "")
+            text = record[column] or ""
+            if not isinstance(text, str):
+                raise DataError(f"{self.source.dataset}: column {column!r} holds {type(text).__name__}, not text")
+            yield self._record(text)
 
     def _local(self, path: Path, skip: int) -> Iterator[Document]:
         # A text file is one document, the end of which is held out; of records, whole ones are.
@@ -287,23 +290,28 @@ class StreamBatches:
         self._loader = None  # with the last reference to the loader its worker ends
 
 
-def write_state(folder: Path, rank: int, state: State) -> None:
-    """Write one rank's state into a checkpoint that is not committed yet."""
-    with open(folder / f"stream-rank-{rank:05d}.json", "w", encoding="utf-8") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+@dataclass(frozen=True)
+class StreamState:
+    """What `StreamBatches.state` gives."""
+
+    __pydantic_config__ = records.STRICT
+    rank: int
+    size: int
+    seed: int
+    fingerprint: str
+    step: int
+    loader: dict[str, Any]
 
 
 def read_state(folder: Path, rank: int) -> State:
     """One rank's state out of a checkpoint; with more ranks than wrote it, rank 0's, which `StreamBatches` refuses.
 
     Raises:
-        DataError: the checkpoint was not streamed.
+        DataError: the checkpoint was not streamed, or the state has been changed.
     """
     for path in (folder / f"stream-rank-{rank:05d}.json", folder / "stream-rank-00000.json"):
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return asdict(records.read(StreamState, path, DataError, "; resume from another step"))
     raise DataError(f"{folder} was not streamed: resume it with data.streaming = false")
 
 
@@ -338,13 +346,12 @@ class StreamedData:
         state = read_state(resumed[0], rank) if resumed else None
         return StreamBatches(config, self.tokenizer, rank, size, pin, state)
 
-    def save(self, batches: StreamBatches, folder: Path, rank: int) -> State:
-        write_state(folder, rank, batches.state())
+    def state(self, batches: StreamBatches, rank: int) -> tuple[State, dict[str, bytes]]:
         # The same record as of prepared data; its fingerprint keeps it from going on with shards.
         record = DataState(
             0, batches.identity["seed"], batches.rows_consumed, f"stream-{batches.identity['fingerprint']}"
         )
-        return asdict(record)
+        return asdict(record), {f"stream-rank-{rank:05d}.json": records.sealed(batches.state()).encode()}
 
 
 class _InMemory(np.ndarray):

@@ -130,7 +130,9 @@ class HFTokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise ValueError(f"{file} has no vocabulary")
         self.settings = _read_settings(folder / "tokenizer_config.json")
         bos, self.eos_id = self._special("bos_token"), self._special("eos_token")
         boundary = bos if bos is not None else self.eos_id
@@ -144,7 +146,7 @@ class HFTokenizer:
         token = self.settings.get(role)
         if isinstance(token, dict):
             token = token.get("content")
-        return None if token is None else self.backend.token_to_id(token)
+        return self.backend.token_to_id(token) if isinstance(token, str) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
@@ -245,7 +247,7 @@ def _put_first(backend: tokenizers.Tokenizer, token: str) -> None:
 def _read_settings(file: Path) -> dict:
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"cannot read {file}: expected a JSON object")

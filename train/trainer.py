@@ -2,13 +2,14 @@
 
 `Trainer` builds everything a run needs; `Trainer.run` is the loop and `train_step` one step of it. Nothing between two
 logging steps waits for the device: losses and norms stay tensors, and whether everything was finite is folded into one
-number on the device, read when a step is logged and before a checkpoint is written.
+number on the device, read when a step is logged and, with the state itself, by the thread that saves a checkpoint.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from models.hf import HFWeights, check_names
 from models.llama import Llama
@@ -31,16 +31,22 @@ from parallel.init import ADAPTERS, init_weights, load_weights
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from parallel.pipeline import Pipeline
-from train.checkpoint import Checkpoints, Commit, check_model, find_checkpoint
+from train.checkpoint import CheckpointError, Commit, Damaged, check_model, committed_steps, find_checkpoint
 from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
-from train.optimizer import build_optimizer, finiteness, learning_rate, materialise_state
+from train.optimizer import build_optimizer, learning_rate, materialise_state
+from train.preemption import Agreement, Signals
+from train.profiling import StepProfiler
 from train.run_folder import RunFolder
+from train.saving import Checkpoints
+from train.spikes import Spikes
 from train.tokenizer import Tokenizer
 from transforms.context import TRAINING, VALIDATION, places
 
 GC_INTERVAL = 50
+PAUSES = (0.0, 1.0, 5.0)
+"""Seconds before each try of the save that a run ends with."""
 
 
 class NonFinite(Exception):
@@ -57,6 +63,7 @@ class Trainer:
         tokenizer: None with random data.
         data: training batches and validation rows.
         hf_weights: folder to take initial weights from, or None for random ones.
+        signals: what the scheduler asks for.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Trainer:
         tokenizer: Tokenizer | None,
         data: TrainingData,
         hf_weights: Path | None = None,
+        signals: Signals | None = None,
     ):
         self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
         self.held_out = data.held_out
@@ -93,9 +101,11 @@ class Trainer:
             self.after_update = partial(precompute_scales, self.parts, mesh)
         compiled = config.compile.enabled and config.compile.backend == "inductor"
         self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
-        self.checkpoints = Checkpoints(
-            self.folder.checkpoints, config.checkpoint.keep, self.parts, self.optimizer, mesh
-        )
+        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, self.parts, self.optimizer, mesh)
+        self.signals, self.agreement = signals or Signals(), Agreement(mesh.world_size)
+        self.spikes = Spikes(config.faults.spike)
+        self.left_out = 0
+        """Updates in a row that were left out, for a gradient that was not finite."""
         self.build_inputs(built.stages, tokenizer)
         self.throughput = Throughput(shape, config, mesh.device, mesh.world_size)
         # First step at which something was not finite, or -1; lives on the device.
@@ -120,54 +130,92 @@ class Trainer:
             )
 
     def resume(self) -> Path | None:
-        """Load the checkpoint that `checkpoint.resume` means, if there is one (rank 0 chooses), and open the data there."""
-        config = self.config
-        found = find_checkpoint(self.folder.checkpoints, config.checkpoint.resume) if self.mesh.is_main else None
-        path = self.mesh.broadcast_object(found)
-        if path is None:
-            self.open_data(None)
-            return None
-        commit = Commit.read(path)
-        check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters, config.optimizer.name)
-        self.open_data((path, commit.data))
-        self.step = commit.step
-        materialise_state(self.optimizer)
-        self.checkpoints.load(path)
-        return path
+        """Load the checkpoint that `checkpoint.resume` means, if there is one (rank 0 chooses), and open the data there.
+
+        With "auto" a damaged one is set aside, and the one before it taken.
+
+        Raises:
+            CheckpointError: it cannot be loaded, or all of them are damaged.
+        """
+        config, damaged = self.config, ""
+        while True:
+            found = find_checkpoint(self.folder.checkpoints, config.checkpoint.resume) if self.mesh.is_main else None
+            path = self.mesh.broadcast_object(found)
+            if path is None:
+                if damaged:
+                    raise CheckpointError(
+                        f"{damaged}\n  No other checkpoint is complete: choose another run.name to start anew."
+                    )
+                self.open_data(None)
+                return None
+            try:
+                commit = Commit.read(path)
+                check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters, config.optimizer.name)
+                materialise_state(self.optimizer)
+                self.checkpoints.load(path)
+            except Damaged as error:
+                damaged = self.checkpoints.without_damaged(path, error, config.checkpoint.resume == "auto")
+                continue
+            self.step = self.checkpoints.last_saved = commit.step
+            self.open_data((path, commit.data))
+            return path
 
     def open_data(self, resumed: tuple[Path, dict[str, Any]] | None) -> None:
         """Begin to read ahead, from the first row or from a checkpoint's folder and data state."""
         pin = self.mesh.device.type == "cuda"
         self.batches = self.data.open(self.config, self.mesh.data_rank, self.mesh.data_size, pin, resumed)
 
-    def run(self, recorder: Recorder) -> None:
-        """Train to the last step, validating, logging and saving on the way; `resume` comes first."""
+    def run(self, recorder: Recorder) -> bool:
+        """Train to the last step, logging, saving and validating on the way; `resume` comes first.
+
+        Returns:
+            Whether it got there; False when the job was asked to stop: what it had is saved.
+        """
         config, batches = self.config, self.batches
         gc.collect()
         self.after_update()
+        profiler = StepProfiler(
+            config.profiling, self.folder.profiles, self.mesh, recorder.say, self.step, self.last_step
+        )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
+            stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
+            if not stop and self.mesh.broadcast_object(self.validation_is_missing()):
+                stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
+            profiler.start()
             for rows in batches:
-                if self.step >= self.last_step:
+                if stop or self.step >= self.last_step:
                     break
                 loss, grad_norm = self.train_step(rows)
                 self.step += 1
+                agreed = self.agreement.finish()
+                stop, final = agreed["stop"], self.step == self.last_step
 
-                final = self.step == self.last_step
+                if self.left_out:
+                    self.report_left_out(recorder)
                 if final or self.step % config.metrics.log_interval == 0:
                     self.log(recorder, loss, grad_norm, batches.waited)
-                if _due(config.validation.interval, self.step, final):
-                    self.validate(recorder)
-                    self.throughput.restart(self.step, batches.waited)
-                if _due(config.checkpoint.interval, self.step, final):
-                    self.save(recorder)
+                self.save(recorder, agreed["saving"], now=final or stop)
+                if not stop and _due(config.validation.interval, self.step, final):
+                    stop = not self.validate(recorder)
+                    if stop:
+                        self.save(recorder, saving=True, now=True)
                     self.throughput.restart(self.step, batches.waited)
                 if self.step % GC_INTERVAL == 0:
                     gc.collect(1)
+                if profiler.end_step(self.step):
+                    self.throughput.restart(self.step, batches.waited)
         finally:
+            profiler.close()
             gc.enable()
+            self.checkpoints.close()
             batches.close()
+        return not stop
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.signals.received is not None
 
     def train_step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's rows (rows, T + 1) of the global batch.
@@ -189,12 +237,19 @@ class Trainer:
 
         if not self.gradients_checked:
             self.check_gradients()
+        self.agreement.begin(stop=self.asked_to_stop, saving=self.checkpoints.busy)
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
-        self.optimizer.step()
+        self.checkpoints.wait_copied()
+        # The norm is the same on all ranks; to look at it here is what "skip" costs.
+        if self.config.faults.non_finite == "skip" and not torch.isfinite(norm):
+            self.left_out += 1
+        else:
+            self.left_out = 0
+            self.optimizer.step()
+            self.after_update()
+            bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+            self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.after_update()
-        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         return loss, norm
 
     def check_gradients(self) -> None:
@@ -271,36 +326,77 @@ class Trainer:
         if self.held_out is not None:
             row["bits_per_byte"] = bits_per_byte(figures[0], self.held_out.tokens_per_byte)
         recorder.record(row | self.throughput.read(self.step, waited))
+        spike = self.spikes.seen(figures[0])
+        if spike:
+            recorder.event(self.step, "spike", f"{spike}; {self.where_the_rows_are()}")
+
+    def report_left_out(self, recorder: Recorder) -> None:
+        """
+        Raises:
+            NonFinite: too many updates in a row.
+        """
+        limit = self.config.faults.max_skipped
+        message = f"update left out, the gradient is not finite ({self.left_out} in a row); {self.where_the_rows_are()}"
+        recorder.event(self.step, "skipped", message)
+        if self.left_out > limit:
+            problem = f"the gradients of {self.left_out} steps in a row are not finite (faults.max_skipped is {limit})"
+            raise NonFinite(self._advice(problem))
+
+    def where_the_rows_are(self) -> str:
+        """How to look at the text of the current step."""
+        size = self.config.training.global_batch_size
+        rows = f"its rows are {(self.step - 1) * size:,} to {self.step * size - 1:,} of the training order"
+        return f"{rows} (newcompute rows --run {self.folder.path} --step {self.step} prints them)"
 
     @torch.no_grad()
-    def validate(self, recorder: Recorder) -> None:
+    def validate(self, recorder: Recorder) -> bool:
         """Loss, perplexity and bits per byte over the held-out rows, each token weighing the same.
 
         Under the hardware effects of the run, in a seed space of their own so that validating changes nothing, or clean,
         or both.
+
+        Returns:
+            Whether it got to the end; not, when the job was asked to stop: the next start does it again.
         """
         if self.held_out is None:
-            return
+            return True
         for part in self.parts:
             part.eval()
-        row: dict[str, Any] = {"step": self.step}
+        figures = []
         which = self.config.validation.transforms if self.noise is not None else "same"
         if which != "clean":
-            row |= self._held_out_figures("")
-        if which != "same":
+            figures.append(self._held_out_figures(""))
+        if which != "same" and None not in figures:
             assert self.noise is not None
             with self.noise.off():
-                row |= self._held_out_figures("_clean" if which == "both" else "")
+                figures.append(self._held_out_figures("_clean" if which == "both" else ""))
         for part in self.parts:
             part.train()
             parallelize.reshard(part)
+        row: dict[str, Any] = {"step": self.step}
+        for found in figures:
+            if found is None:
+                return False
+            row |= found
         recorder.record(row)
+        return True
 
-    def _held_out_figures(self, suffix: str) -> dict[str, float]:
+    def validation_is_missing(self) -> bool:
+        """Whether this run was stopped between a save and the validation of that step (main process)."""
+        final = self.step == self.last_step
+        if not self.mesh.is_main or not self.step or not _due(self.config.validation.interval, self.step, final):
+            return False
+        rows = self.folder.metrics()
+        return any("loss" in row for row in rows) and not any(
+            "val_loss" in row and row["step"] == self.step for row in rows
+        )
+
+    def _held_out_figures(self, suffix: str) -> dict[str, float] | None:
+        """None when the job was asked to stop meanwhile."""
         assert self.held_out is not None
         if self.noise is not None:
             self.noise.enter(VALIDATION)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        totals, stop = torch.zeros(2, dtype=torch.float64, device=self.mesh.device), False
         size, rank = self.mesh.data_size, self.mesh.data_rank
         rows_each = self.micro_batch
         if self.pipeline is not None:  # filled with as many micro-batches as in training, where there are so many
@@ -314,8 +410,13 @@ class Trainer:
             else:
                 totals[0] += self.loss_sum(batch, places[0])
             totals[1] += (batch.targets != IGNORE).sum()
+            stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
+            if stop:
+                break
         if self.noise is not None:
             self.noise.enter(TRAINING)
+        if stop:
+            return None
         nats, tokens = self.mesh.sum_over_data(totals).tolist()
         loss = nats / (tokens / self.mesh.pipeline.size())
         return {
@@ -324,18 +425,61 @@ class Trainer:
             f"val_perplexity{suffix}": perplexity(loss),
         }
 
-    def save(self, recorder: Recorder) -> None:
-        """Write a checkpoint, never one of non-finite state."""
-        self.check_finite()
-        self.check_weights_finite()
+    def save(self, recorder: Recorder, saving: bool, now: bool) -> None:
+        """Begin a checkpoint where one is due; with `now`, go on only when the current state is saved.
 
-        def commit_in(folder: Path) -> Commit:
-            state = self.data.save(self.batches, folder, self.mesh.data_rank)
-            name = self.config.optimizer.name
-            return Commit(self.step, state, asdict(self.shape), self.tokenizer_fingerprint, self.adapters, name)
+        Args:
+            saving: whether any process is still writing the last one. If the next one is due, training waits for it.
 
-        path = self.checkpoints.save(self.step, commit_in)
-        recorder.say(f"saved {path}")
+        Raises:
+            CheckpointError: more would be lost than the configuration allows, or, with `now`, anything; NonFinite: there is
+                nothing worth saving.
+        """
+        checkpoints, settings = self.checkpoints, self.config.checkpoint
+        due = checkpoints.due(self.step)
+        problem = self.settle(recorder) if due or now or not saving or checkpoints.crashed else ""
+        if now and settings.interval:
+            for pause in PAUSES:
+                if checkpoints.last_saved == self.step:
+                    return
+                time.sleep(pause)
+                self.begin_save()
+                problem = self.settle(recorder)
+            if checkpoints.last_saved != self.step:
+                raise CheckpointError(problem)
+        elif due:
+            self.begin_save()
+            if settings.mode == "sync":
+                problem = self.settle(recorder)
+                self.throughput.restart(self.step, self.batches.waited)
+        if checkpoints.too_far(self.step):
+            problem = self.settle(recorder) or problem
+            checkpoints.check_unsaved(self.step, problem)
+
+    def begin_save(self) -> None:
+        data, files = self.data.state(self.batches, self.mesh.data_rank)
+        optimizer = self.config.optimizer.name
+        commit = Commit(self.step, data, asdict(self.shape), self.tokenizer_fingerprint, self.adapters, optimizer)
+        self.checkpoints.begin(commit, files, self.first_bad_step)
+
+    def settle(self, recorder: Recorder) -> str:
+        """Wait for the last save, if there is one, and report it; why it failed, or nothing.
+
+        Raises:
+            NonFinite: on every rank, when it would have saved something that is not finite.
+        """
+        saved = self.checkpoints.settle(self.step)
+        if saved is None:
+            return ""
+        if saved.non_finite:
+            raise NonFinite(self._advice(saved.non_finite))
+        if saved.problem:
+            recorder.event(self.step, "save_failed", saved.problem)
+        else:
+            recorder.say(f"saved {saved.path}")
+            if saved.warning:
+                recorder.event(self.step, "save_warning", saved.warning)
+        return saved.problem
 
     def check_finite(self) -> None:
         """
@@ -347,19 +491,6 @@ class Trainer:
         if first >= 0:
             raise NonFinite(self._advice(f"the loss or gradient of step {first} is not finite"))
 
-    def check_weights_finite(self) -> None:
-        """
-        Raises:
-            NonFinite: on every rank, when a weight or optimizer moment is not finite.
-        """
-        tensors = [p.detach() for p in self.parameters()] + finiteness(self.optimizer)
-        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        largest = torch._foreach_norm([t for t in local if t.numel()], ord=float("inf"))
-        finite = torch.isfinite(torch.stack([value.to(self.mesh.device) for value in largest])).all()
-        bad_step = torch.where(finite, -1, self.step)
-        if int(self._agree_minimum(bad_step)) >= 0:
-            raise NonFinite(self._advice(f"a weight or optimizer moment after step {self.step} is not finite"))
-
     def _agree_minimum(self, step: Tensor) -> Tensor:
         """The smallest non-negative value over ranks, or -1 where all have -1."""
         big = torch.iinfo(torch.int64).max
@@ -369,8 +500,6 @@ class Trainer:
         return torch.where(value == big, -1, value)
 
     def _advice(self, problem: str) -> str:
-        from train.checkpoint import committed_steps
-
         steps = committed_steps(self.folder.checkpoints)
         last = f"step {max(steps)} in {self.folder.checkpoints}" if steps else "none"
         flips = any(getattr(spec, "kind", "") == "bitflip" for spec in self.config.transforms)
@@ -382,8 +511,8 @@ class Trainer:
         return (
             f"{problem}. Last good checkpoint: {last}; no checkpoint was written from non-finite state.\n{cause}"
             "  Under another run.name (with checkpoint.resume = that checkpoint's path to go on from there), try a lower "
-            "optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm; to look at the "
-            "text of that step, its rows follow from run.seed and the step."
+            'optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm, or faults.non_finite = "skip"; '
+            f"newcompute rows --run {self.folder.path} --step STEP prints the text of a step."
         )
 
 

@@ -46,7 +46,9 @@ class Node:
 
     def said(self) -> str:
         """What the launcher itself printed, torch's log left out."""
-        return "".join(line + "\n" for line in lines(self.err) if not line.startswith(("W1", "E1", "I1", "W0", "E0", "I0")))
+        return "".join(
+            line + "\n" for line in lines(self.err) if not line.startswith(("W1", "E1", "I1", "W0", "E0", "I0"))
+        )
 
     def kill(self) -> None:
         self.process.kill()

@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> Record:
         return found
 
     def state():
-        return {name: whole(tensor) for name, tensor in current[-1].checkpoints._state().items()}
+        return {name: whole(tensor) for name, tensor in current[-1].checkpoints.state().items()}
 
     def noting_step(self, rows):
         for i, row in enumerate(rows):

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from support import fork_python, fork_script, losses, read_metrics, tiny_flags
 
-from train.checkpoint import checkpoint_names, committed_steps, find_checkpoint, read_tensors
+from train.checkpoint import Commit, checkpoint_names, committed_steps, find_checkpoint, is_verified, read_tensors
 from train.job import JobError
 
 
@@ -70,38 +71,177 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(run_here, tmp_path):
         )
 
 
-def test_a_disk_that_is_full_while_saving_ends_the_run_clearly_and_loses_nothing(run_here, tmp_path, monkeypatch):
-    straight = run_here("straight")
-    run_here(training__stop_after=10)
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk without room for some steps' checkpoints; gives the list of the files that met it."""
     import errno
 
-    fsync, calls = os.fsync, []
+    fsync, met = os.fsync, []
 
-    def full(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if "step-00000015" in path:
-            calls.append(path)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+    def fill(*steps: int) -> list[str]:
+        def full(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if any(f"step-{step:08d}/__" in path for step in steps):
+                met.append(path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
+        return met
+
+    return fill
+
+
+def test_a_save_that_fails_is_tried_again_and_the_run_goes_on(run_here, tmp_path, full_disk):
+    straight = run_here("straight")
+    met = full_disk(10)
+    rows = run_here(checkpoint__mode="sync")
+    assert len(met) == 1
+    assert losses(rows) == losses(straight)
+    (failed,) = [row for row in rows if row.get("event") == "save_failed"]
+    assert failed["step"] == 10
+    assert "could not save step 10" in failed["message"]
+    assert "No space left on device" in failed["message"]
+    assert "last complete one is step 5" in failed["message"]
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 11, 15, 20]
+
+
+def test_the_run_stops_before_it_would_lose_more_than_it_may(run_here, tmp_path, full_disk):
+    straight = run_here("straight")
+    full_disk(*range(6, 21))
     with pytest.raises(
-        JobError, match=r"(?s)could not save step 15.*No space left on device.*last complete one is step 10"
+        JobError, match=r"(?s)6 steps are not saved, and checkpoint.max_unsaved_steps allows 6: could not save"
     ) as no:
+        run_here(checkpoint__mode="sync", checkpoint__max_unsaved_steps=6)
+    assert no.value.code == 4
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5]
+    full_disk()
+    assert [row for row in losses(run_here()) if row in losses(straight)] == losses(straight)
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(run_here, full_disk, monkeypatch):
+    monkeypatch.setattr("train.trainer.PAUSES", (0.0, 0.01))
+    met = full_disk(20)
+    with pytest.raises(JobError, match=r"(?s)could not save step 20.*last complete one is step 15") as no:
         run_here()
     assert no.value.code == 4
-    assert calls, "the simulated full disk was never met"
-    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 10]
-    monkeypatch.setattr(os, "fsync", fsync)
-    rows = run_here()
-    assert [row for row in losses(rows) if row in losses(straight)] == losses(straight)
+    assert len(met) == 2
 
 
-def test_damaged_files_are_named(run_here, tmp_path):
-    run_here(training__stop_after=5)
-    for file in (tmp_path / "run" / "checkpoints" / "step-00000005").glob("*.distcp"):
+def test_what_is_written_meanwhile_is_the_state_of_its_step(run_here, tmp_path, monkeypatch):
+    """Training goes on for several steps while a checkpoint is written; it holds none of them."""
+    run_here("waited", checkpoint__mode="sync", checkpoint__keep=10)
+    fsync, begun = os.fsync, []
+
+    def slow(descriptor: int) -> None:
+        if "step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            time.sleep(0.05)
+        fsync(descriptor)
+
+    from train.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def noting(self, rows):
+        begun.append(self.checkpoints.busy)
+        return train_step(self, rows)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    monkeypatch.setattr(os, "fsync", slow)
+    run_here("meanwhile", checkpoint__keep=10)
+    assert sum(begun) > 3, "no step was made during a save"
+    waited = committed_steps(tmp_path / "waited" / "checkpoints")
+    meanwhile = committed_steps(tmp_path / "meanwhile" / "checkpoints")
+    assert list(waited) == list(meanwhile) == [5, 10, 15, 20]
+    for step, path in waited.items():
+        names = checkpoint_names(path)
+        expected, found = read_tensors(path, names), read_tensors(meanwhile[step], names)
+        assert all(torch.equal(expected[name], found[name]) for name in names)
+
+
+def test_permanent_checkpoints_stay_and_the_newest_are_verified(run_here, tmp_path):
+    run_here(checkpoint__keep=1, checkpoint__permanent_interval=10)
+    steps = committed_steps(tmp_path / "run" / "checkpoints")
+    assert list(steps) == [10, 15, 20]
+    run_here("two", checkpoint__keep=1, checkpoint__permanent_interval=10, training__stop_after=15)
+    steps = committed_steps(tmp_path / "two" / "checkpoints")
+    assert list(steps) == [10, 15]
+    assert all(is_verified(path) for path in steps.values())
+    assert [Commit.read(path).permanent for path in steps.values()] == [True, False]
+
+
+def test_a_save_that_is_not_what_was_written_does_not_count(run_here, tmp_path, monkeypatch):
+    from train import saving
+
+    def rot(path: Path) -> None:
+        if path.name == "step-00000010":
+            (file,) = path.glob("*.distcp")
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+
+    monkeypatch.setattr(saving, "_forget", rot)
+    rows = run_here(checkpoint__mode="sync", checkpoint__keep=10)
+    (failed,) = [row["message"] for row in rows if row.get("event") == "save_failed"]
+    assert "could not verify" in failed
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 11, 15, 20]
+
+
+def test_checkpoints_behind_a_url(run_here):
+    """Through fsspec, as on an object store: saved, thinned out, resumed, set aside, exported."""
+    from upath import UPath
+
+    straight = run_here("straight")
+    run_here("remote", checkpoint__dir="memory://bucket/runs", training__stop_after=10)
+    folder = UPath("memory://bucket/runs/remote")
+    assert list(committed_steps(folder)) == [5, 10]
+    assert all(is_verified(path) for path in committed_steps(folder).values())
+    assert losses(run_here("remote", checkpoint__dir="memory://bucket/runs")) == losses(straight)
+    assert list(committed_steps(folder)) == [5, 10, 15, 20]
+    run_here("remote", checkpoint__dir="memory://bucket/runs", checkpoint__resume=10, checkpoint__keep=1)
+    assert list(committed_steps(folder)) == [20]
+    assert sorted(path.name for path in folder.iterdir() if "superseded" in path.name) == [
+        "step-00000015.superseded",
+        "step-00000020.superseded",
+    ]
+
+
+def test_checkpoints_in_another_folder(run_here, tmp_path):
+    run_here("elsewhere", checkpoint__dir=str(tmp_path / "scratch"), training__stop_after=5)
+    assert list(committed_steps(tmp_path / "scratch" / "elsewhere")) == [5]
+    assert not (tmp_path / "elsewhere" / "checkpoints").exists()
+    from train.export import open_trained
+
+    assert open_trained(tmp_path / "elsewhere").commit.step == 5
+
+
+def damage(folder: Path) -> None:
+    for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(JobError, match=r"could not load .*step-00000005") as no:
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(run_here, tmp_path, capsys):
+    straight = run_here("straight")
+    run_here(training__stop_after=10)
+    folder = tmp_path / "run" / "checkpoints"
+    damage(folder / "step-00000010")
+    assert losses(run_here()) == losses(straight)
+    assert (folder / "step-00000010.damaged").is_dir()
+    assert "trying the one before it" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_named(run_here, tmp_path):
+    run_here(training__stop_after=10)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000010")
+    with pytest.raises(JobError, match=r"could not load .*step-00000010.*other complete steps: 5") as no:
+        run_here(checkpoint__resume=10)
+    assert no.value.code == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run_here, tmp_path):
+    run_here(training__stop_after=5)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000005")
+    with pytest.raises(JobError, match=r"(?s)could not load .*No other checkpoint is complete") as no:
         run_here()
     assert no.value.code == 4
 

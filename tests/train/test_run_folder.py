@@ -63,6 +63,7 @@ ALLOWED = [
     ["--activation_checkpointing.mode", "full"],
     ["--checkpoint.interval", "7", "--checkpoint.keep", "5", "--checkpoint.resume", "100"],
     ["--metrics.log_interval", "1", "--metrics.wandb"],
+    ["--profiling.trace_step", "5", "--profiling.ranks", "all"],
     ["--run.device", "cpu", "--data.dir", "elsewhere"],
 ]
 

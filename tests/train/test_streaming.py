@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train import streaming
+from train import records, streaming
 from train.config import Config, DataConfig, RunConfig, TokenizerConfig, TrainingConfig, ValidationConfig
 from train.corpus import DataError
-from train.streaming import StreamBatches, read_state, stream_held_out, write_state
+from train.streaming import StreamBatches, read_state, stream_held_out
 from train.tokenizer import BOS, ByteTokenizer, HFTokenizer, train_bpe
 
 LENGTH, WINDOW, NUM_DOCUMENTS = 32, 8, 60
@@ -194,7 +194,7 @@ def test_resumes_give_the_rows_of_an_uninterrupted_run(corpus, tmp_path, kind):
     for num_steps in (4, 3, 3) * 3:
         batches = open_stream(config, rank=1, size=2, state=state)
         resumed.append(take(batches, 3 * num_steps))
-        write_state(tmp_path, 1, batches.state())
+        (tmp_path / "stream-rank-00001.json").write_text(records.sealed(batches.state()))
         state = read_state(tmp_path, 1)
     assert np.array_equal(np.concatenate(resumed), expected)
     assert state["step"] == 30
@@ -237,7 +237,7 @@ def test_another_number_of_processes_is_refused(corpus, tmp_path):
     for rank in range(2):
         batches = open_stream(config, rank, 2)
         take(batches, 3)
-        write_state(tmp_path, rank, batches.state())
+        (tmp_path / f"stream-rank-{rank:05d}.json").write_text(records.sealed(batches.state()))
     for rank in range(3):
         with pytest.raises(
             DataError, match=r"streamed by 2 processes, this run has 3: resume with 2 processes, or prep"

@@ -240,6 +240,11 @@ def scancel(words: list[str]) -> None:
 
 if __name__ == "__main__":
     program, *rest = sys.argv[1:]
-    {"sbatch": sbatch, "controller": controller, "srun": srun, "scontrol": scontrol, "squeue": squeue, "scancel": scancel}[
-        program
-    ](rest)
+    {
+        "sbatch": sbatch,
+        "controller": controller,
+        "srun": srun,
+        "scontrol": scontrol,
+        "squeue": squeue,
+        "scancel": scancel,
+    }[program](rest)
