@@ -51,6 +51,8 @@ class Agent(LocalElasticAgent):
         code: the exit code of the job, once a final one is known on any node.
     """
 
+    _remaining_restarts: int  # torch's own, which it does not annotate
+
     def __init__(self, requests: StopRequests, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.code: int | None = None

@@ -151,7 +151,9 @@ def test_a_node_that_is_preempted_takes_the_other_along(start, tmp_path):
     assert sorted(lines(tmp_path / str(rank))[2] for rank in range(4)) == ["SIGTERM"] * 2 + ["SIGUSR1"] * 2
 
 
-@pytest.mark.parametrize("peers", ["late=1", "stop"])  # they fail because it died, or notice nothing until they are stopped
+@pytest.mark.parametrize(
+    "peers", ["late=1", "stop"]
+)  # they fail because it died, or notice nothing until they are stopped
 def test_a_process_that_died_restarts_both_nodes_as_the_same_attempt(start, tmp_path, peers):
     options = rendezvous(2, restarts=1)
     plans = ("3:0:kill=9", f"*:0:{peers}", "*:*:end")
