@@ -134,6 +134,7 @@ class Agent(LocalElasticAgent):
             self._shutdown(signal.SIGKILL)
             self._final_code(worker_group, result)  # to print what came last
         self.code = code
+        self._requests.ignore()
         return RunResult(
             state=WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in worker_group.workers}
         )
@@ -277,6 +278,7 @@ def launch(arguments: list[str], requests: StopRequests) -> int:
         )
         return EXIT_OTHER
     finally:
+        requests.ignore()
         for agent in agents:
             agent.remove_outcomes()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import WORKER, Node, lines, rendezvous, wait_until
+from support import run_python
 
 PREEMPTED = 75
 
@@ -115,6 +116,16 @@ def test_a_signal_while_waiting_for_other_nodes_counts_as_preempted(start, tmp_p
     node.signal(signal.SIGTERM)
     assert node.wait() == PREEMPTED, node.said()
     assert not (tmp_path / "0").exists()
+
+
+def test_a_signal_after_the_end_does_not_change_the_code(tmp_path):
+    """srun sends SIGTERM to the other nodes as soon as one has exited with 75."""
+    program = (
+        "import os, signal, sys; from launch.elastic import StopRequests; from launch.agent import launch; "
+        "code = launch(sys.argv[1:], StopRequests()); os.kill(os.getpid(), signal.SIGTERM); sys.exit(code)"
+    )
+    done = run_python("-c", program, *rendezvous(1), WORKER, str(tmp_path), "*:*:tell=75", check=False)
+    assert done.returncode == PREEMPTED, done.stderr
 
 
 def test_a_process_that_dies_after_the_signal_is_not_started_again(start, tmp_path):
