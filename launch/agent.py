@@ -8,6 +8,7 @@ all agents of a rendezvous share, so that the other nodes end too instead of wai
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -50,12 +51,14 @@ class Agent(LocalElasticAgent):
         code: the exit code of the job, once a final one is known on any node.
     """
 
+    _remaining_restarts: int  # torch's own, which it does not annotate
+
     def __init__(self, requests: StopRequests, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.code: int | None = None
         self._requests, self._idle = requests, False
         self._outcomes = Path(tempfile.mkdtemp(prefix="newcompute-outcomes-"))
-        self._attempt = 0
+        self._attempt = -1
         self._told_at: float | None = None
         self._asked_store_at = 0.0
         self._passed_on = False
@@ -83,8 +86,8 @@ class Agent(LocalElasticAgent):
             self._idle = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._agree_on_attempt(worker_group)
         # A folder for each attempt: what a process of the last one wrote while it was being stopped is not of this one.
-        self._attempt += 1
         self._told_at, self._passed_on = None, False
         self._folder.mkdir()
         os.environ[OUTCOME_VARIABLE] = str(self._folder)
@@ -92,6 +95,23 @@ class Agent(LocalElasticAgent):
         if self._requests.received:  # it came when they were not yet there
             self._send(self._requests.received[-1])
         return started
+
+    def _agree_on_attempt(self, worker_group: WorkerGroup) -> None:
+        """Number the attempt alike on all nodes, and count a restart on all.
+
+        torch takes TORCHELASTIC_RESTART_COUNT from each agent's own failures: a node that only follows another's restart, or
+        is new, has another number. Processes of different numbers do not find each other where agents share their store
+        with them, and a node that fails again and again would use up its own restarts only.
+        """
+        attempts, left = [self._attempt], [self._remaining_restarts]
+        if worker_group.group_world_size > 1:
+            store = worker_group.store
+            mine = json.dumps([self._attempt, self._remaining_restarts])
+            store.set(f"newcompute/attempt/{worker_group.group_rank}", mine)
+            told = [json.loads(store.get(f"newcompute/attempt/{i}")) for i in range(worker_group.group_world_size)]
+            attempts, left = [one[0] for one in told], [one[1] for one in told]
+        self._attempt, self._remaining_restarts = max(attempts) + 1, min(left)
+        worker_group.spec.max_restarts = self._attempt + self._remaining_restarts  # torch's count is their difference
 
     @property
     def _folder(self) -> Path:
@@ -114,6 +134,7 @@ class Agent(LocalElasticAgent):
             self._shutdown(signal.SIGKILL)
             self._final_code(worker_group, result)  # to print what came last
         self.code = code
+        self._requests.ignore()
         return RunResult(
             state=WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in worker_group.workers}
         )
@@ -223,6 +244,9 @@ def launch(arguments: list[str], requests: StopRequests) -> int:
     ours = {number.name for number in STOP_SIGNALS}
     theirs = [name.strip() for name in options.signals_to_handle.split(",")]
     options.signals_to_handle = ",".join(name for name in theirs if name not in ours)
+    # Agents that share one store with their processes announce it in their first rendezvous only: a node that replaces a lost
+    # one waits for it in vain (torch 2.13). Without sharing, process 0 of each attempt opens a store of its own.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     agents: list[Agent] = []
 
     def build(*positional: Any, **named: Any) -> Agent:
@@ -254,6 +278,7 @@ def launch(arguments: list[str], requests: StopRequests) -> int:
         )
         return EXIT_OTHER
     finally:
+        requests.ignore()
         for agent in agents:
             agent.remove_outcomes()
 

@@ -37,6 +37,12 @@ class StopRequests:
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
+    def ignore(self) -> None:
+        """From when the exit code is known: srun sends SIGTERM to the other nodes' launchers as soon as one exits with 75, and
+        Python takes handlers back before it ends, so that a late one would turn the code into 143."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _receive(self, number: int, frame: FrameType | None) -> Any:
         self.received.append(number)
         if self.listener is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import WORKER, Node, lines, rendezvous, wait_until
+from support import run_python
 
 PREEMPTED = 75
 
@@ -117,6 +118,16 @@ def test_a_signal_while_waiting_for_other_nodes_counts_as_preempted(start, tmp_p
     assert not (tmp_path / "0").exists()
 
 
+def test_a_signal_after_the_end_does_not_change_the_code(tmp_path):
+    """srun sends SIGTERM to the other nodes as soon as one has exited with 75."""
+    program = (
+        "import os, signal, sys; from launch.elastic import StopRequests; from launch.agent import launch; "
+        "code = launch(sys.argv[1:], StopRequests()); os.kill(os.getpid(), signal.SIGTERM); sys.exit(code)"
+    )
+    done = run_python("-c", program, *rendezvous(1), WORKER, str(tmp_path), "*:*:tell=75", check=False)
+    assert done.returncode == PREEMPTED, done.stderr
+
+
 def test_a_process_that_dies_after_the_signal_is_not_started_again(start, tmp_path):
     """Its machine is about to be taken away: the scheduler starts the run again."""
     node = start("0:*:hang", "1:*:deaf", options=rendezvous(1, restarts=3))
@@ -151,8 +162,29 @@ def test_a_node_that_is_preempted_takes_the_other_along(start, tmp_path):
     assert sorted(lines(tmp_path / str(rank))[2] for rank in range(4)) == ["SIGTERM"] * 2 + ["SIGUSR1"] * 2
 
 
-def test_a_process_that_died_restarts_both_nodes(start, tmp_path):
+@pytest.mark.parametrize(
+    "peers", ["late=1", "stop"]
+)  # they fail because it died, or notice nothing until they are stopped
+def test_a_process_that_died_restarts_both_nodes_as_the_same_attempt(start, tmp_path, peers):
     options = rendezvous(2, restarts=1)
-    nodes = [start("3:0:kill=9", "*:0:late=1", "*:*:end", options=options, name=name) for name in ("first", "second")]
+    plans = ("3:0:kill=9", f"*:0:{peers}", "*:*:end")
+    nodes = [start(*plans, options=options, name=name) for name in ("first", "second")]
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].said() + nodes[1].said()
-    assert [starts(tmp_path, rank) for rank in range(4)] == [2, 2, 2, 2]
+    for rank in range(4):
+        # Under this number processes of all nodes find each other (the store's prefix in torch's env:// rendezvous).
+        assert [note for note in lines(tmp_path / str(rank)) if "start" in note] == ["start 0", "start 1"]
+
+
+def test_a_lost_node_that_comes_back_is_taken_up(start, tmp_path):
+    options = rendezvous(2, restarts=1)
+    plans = ("*:0:stop", "*:*:end")
+    # The node with the rendezvous store must stay, as slurm.sh's first node: the other one is lost.
+    first = start(*plans, options=[*options, "--rdzv_conf=is_host=1"], name="first")
+    options += ["--rdzv_conf=is_host=0"]
+    lost = start(*plans, options=options, name="second")
+    for rank in range(4):
+        wait_until(lambda rank=rank: lines(tmp_path / str(rank))[-1:] == ["ready"], "ready")
+    lost.kill()
+    again = start(*plans, options=options, name="third")
+    assert (first.wait(), again.wait()) == (0, 0), first.said() + again.said()
+    assert sorted(lines(tmp_path / str(rank))[-1] for rank in range(4)) == ["start 1"] * 4

@@ -21,6 +21,8 @@ def slurm(tmp_path, monkeypatch):
     cluster = Slurm(tmp_path)
     yield cluster
     cluster.end()
+    for job in cluster.jobs:
+        (ROOT / f"slurm-{job}.requeues").unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ def curve(run: Path) -> dict[tuple[int, bool], float]:
 @pytest.fixture
 def training(tmp_path, text_corpus):
     """Flags of a run long enough to be interrupted, by name; its text is prepared."""
-    changes = {"training__steps": 300, "checkpoint__interval": 10, "validation__interval": 100, "checkpoint__keep": 3}
+    changes = {"training__steps": 150, "checkpoint__interval": 10, "validation__interval": 50, "checkpoint__keep": 3}
     run_python("launch/cli.py", "prepare", *tiny_flags(tmp_path, text_corpus, **changes))
     return lambda name: tiny_flags(tmp_path, text_corpus, name, **changes)
 
@@ -157,17 +159,18 @@ def uninterrupted(tmp_path, training) -> dict[tuple[int, bool], float]:
     return curve(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterrupted, tmp_path):
     """The process is replaced within the job, the node by a requeue; the curve is the uninterrupted one."""
     run = tmp_path / "run"
     job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("run"))
-    wait_until(lambda: reached(run, 20), "step 20")
+    wait_until(lambda: reached(run, 15), "step 15")
     step = (slurm.folder / job / "step").read_text()
     workers = [pid for pid in slurm.standin.processes(f"{job}/{step}/0.") if is_worker(pid)]
     subprocess.run(["kill", "-9", str(workers[-1])], check=True)
     wait_until(lambda: "starting again from the latest checkpoint" in slurm.log(job), "restart")
     wait_until(lambda: slurm.log(job).count("resuming from") == 1, "resumed")
-    wait_until(lambda: reached(run, 100), "step 100")
+    wait_until(lambda: reached(run, 60), "step 60")
     slurm.kill_node(job, 1)
     record = slurm.wait(job)
     assert (record["state"], record["starts"]) == ("COMPLETED", 2), slurm.log(job)
@@ -175,6 +178,7 @@ def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterr
     assert curve(run) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("train.preemption") is None, reason="the trainer does not yet handle signals"
 )
@@ -183,16 +187,15 @@ def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(
 ):
     run = tmp_path / "run"
     job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("run"))
-    for start, step in ((1, 30), (2, 110)):
+    for start, step in ((1, 15), (2, 55)):
         wait_until(lambda step=step: reached(run, step), f"step {step}")
         slurm.signal(job)
         wait_until(lambda start=start: slurm.read(job)["starts"] == start + 1, "requeue")
-    wait_until(lambda: reached(run, 200), "step 200")
+    wait_until(lambda: reached(run, 95), "step 95")
     slurm.kill_node(job, 1)
     record = slurm.wait(job)
     assert (record["state"], record["starts"]) == ("COMPLETED", 4), slurm.log(job)
     reasons = (ROOT / f"slurm-{job}.requeues").read_text().splitlines()
-    (ROOT / f"slurm-{job}.requeues").unlink()
     assert [reason.split(": ")[1].split()[0] for reason in reasons] == ["preempted", "preempted", "failed"]
     assert curve(run) == uninterrupted
 
