@@ -351,6 +351,7 @@ class Checkpoints:
         Raises:
             CheckpointError: just this one was asked for.
         """
+        self.mesh.gather_objects(None)  # all have read what it says of itself before it is renamed
         if not others_will_do or path.parent != self.folder:
             others = [step for step, other in committed_steps(self.folder).items() if other != path]
             there_are = (

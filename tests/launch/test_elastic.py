@@ -52,6 +52,7 @@ def test_codes_that_a_restart_cannot_cure_come_through_at_once(start, tmp_path, 
         assert node.said().count(f"code {plan[-1]}") == 1, "each message is printed once, whoever met it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "code"), [("kill=9", 137), ("kill=11", 139), ("exit=1", 1), ("exit=5", 5)])
 def test_processes_that_died_are_restarted_until_no_restart_is_left(start, tmp_path, action, code):
     node = start(f"1:0:{action}", "*:*:end", options=rendezvous(1, restarts=1))
@@ -62,6 +63,7 @@ def test_processes_that_died_are_restarted_until_no_restart_is_left(start, tmp_p
     assert again.wait() == code, again.said()
 
 
+@pytest.mark.slow
 def test_a_process_that_the_launcher_stopped_is_not_taken_for_preempted(start, tmp_path):
     """torch ends the others with SIGTERM when one has died: they save or leave, and say 75."""
     node = start("0:0:stop", "1:0:late=1", "*:*:end", options=rendezvous(1, restarts=1))
@@ -90,6 +92,7 @@ def test_a_save_may_take_longer_than_torch_would_wait(start, tmp_path):
     assert lines(tmp_path / "0")[-1] == lines(tmp_path / "1")[-1] == "saved"
 
 
+@pytest.mark.slow
 def test_one_process_may_save_long_after_another_has_left(start, tmp_path):
     """As an upload of process 0 does: the first exit must not end the others."""
     node = start("0:*:stop=3", "1:*:stop")
@@ -100,6 +103,7 @@ def test_one_process_may_save_long_after_another_has_left(start, tmp_path):
     assert lines(tmp_path / "0")[-2:] == ["SIGUSR1", "saved"]
 
 
+@pytest.mark.slow
 def test_a_signal_while_processes_start_counts_as_preempted(start, tmp_path):
     node = start("*:*:deaf", options=rendezvous(1, restarts=3))
     for rank in ("0", "1"):
@@ -109,6 +113,7 @@ def test_a_signal_while_processes_start_counts_as_preempted(start, tmp_path):
     assert starts(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_a_signal_while_waiting_for_other_nodes_counts_as_preempted(start, tmp_path):
     node = start("*:*:end", options=rendezvous(2))
     time.sleep(8)  # somewhere on its way into the rendezvous; before it, the signal counts as well
@@ -127,6 +132,7 @@ def test_a_signal_after_the_end_does_not_change_the_code(tmp_path):
     assert done.returncode == PREEMPTED, done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_after_the_signal_is_not_started_again(start, tmp_path):
     """Its machine is about to be taken away: the scheduler starts the run again."""
     node = start("0:*:hang", "1:*:deaf", options=rendezvous(1, restarts=3))
@@ -141,6 +147,7 @@ def test_a_process_that_dies_after_the_signal_is_not_started_again(start, tmp_pa
 # Two nodes
 
 
+@pytest.mark.slow
 def test_a_final_code_on_one_node_ends_the_other(start, tmp_path):
     options = rendezvous(2, restarts=2)
     first = start("3:*:tell=3", "*:*:late=1", options=options, name="first")
@@ -150,6 +157,7 @@ def test_a_final_code_on_one_node_ends_the_other(start, tmp_path):
     assert [starts(tmp_path, rank) for rank in range(4)] == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_node_that_is_preempted_takes_the_other_along(start, tmp_path):
     """Also before the first step, when processes cannot yet agree on anything."""
     options = rendezvous(2, restarts=2)
@@ -161,6 +169,7 @@ def test_a_node_that_is_preempted_takes_the_other_along(start, tmp_path):
     assert sorted(lines(tmp_path / str(rank))[2] for rank in range(4)) == ["SIGTERM"] * 2 + ["SIGUSR1"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "peers", ["late=1", "stop"]
 )  # they fail because it died, or notice nothing until they are stopped
@@ -174,6 +183,7 @@ def test_a_process_that_died_restarts_both_nodes_as_the_same_attempt(start, tmp_
         assert [note for note in lines(tmp_path / str(rank)) if "start" in note] == ["start 0", "start 1"]
 
 
+@pytest.mark.slow
 def test_a_lost_node_that_comes_back_is_taken_up(start, tmp_path):
     options = rendezvous(2, restarts=1)
     plans = ("*:0:stop", "*:*:end")

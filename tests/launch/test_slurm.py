@@ -70,6 +70,7 @@ def test_the_signal_before_the_time_limit_requeues_the_job(slurm, submit):
     assert "preempted: back into the queue" in slurm.log(job)
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_of_the_job_is_one_preemption(slurm, submit, checkout):
     """Both SLURM and the launcher signal a process, which may hear the second when it has already left."""
     job = submit("*:0:stop=1", "*:*:end")
@@ -84,6 +85,7 @@ def test_a_signal_to_every_process_of_the_job_is_one_preemption(slurm, submit, c
         assert "SIGUSR1" in notes
 
 
+@pytest.mark.slow
 def test_a_lost_node_ends_the_step_and_the_job_is_requeued(slurm, submit, checkout):
     job = submit("*:0:stop", "*:*:end")
     for rank in range(4):
@@ -93,6 +95,7 @@ def test_a_lost_node_ends_the_step_and_the_job_is_requeued(slurm, submit, checko
     assert (record["state"], record["starts"]) == ("COMPLETED", 2), slurm.log(job)
 
 
+@pytest.mark.slow
 def test_failures_are_requeued_only_so_often(slurm, submit):
     job = submit("*:*:exit=1", MAX_REQUEUES="1", MAX_RESTARTS="0")
     record = slurm.wait(job)
@@ -100,6 +103,7 @@ def test_failures_are_requeued_only_so_often(slurm, submit):
     assert "after 1 requeues for failures: giving up" in slurm.log(job)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, submit, checkout):
     job = submit("*:*:stop")
     for rank in range(4):
@@ -110,6 +114,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm, submit, checkout):
     assert "saved" in lines(checkout / "notes" / "0")
 
 
+@pytest.mark.slow
 def test_each_task_of_an_array_runs_its_line(slurm, checkout):
     notes = checkout / "notes"
     runs = checkout / "runs.txt"

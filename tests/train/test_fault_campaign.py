@@ -6,7 +6,7 @@ import pytest
 from campaign import SCENARIOS, Campaign
 
 NAMES = [scenario.name for scenario in SCENARIOS]
-FAST = ["killed in a save", "signals at any moment", "the saver dies", "bit rot", "full disk", "stale files"]
+FAST = ["killed in a save", "signals at any moment", "bit rot", "full disk"]
 
 
 @pytest.fixture(scope="module")

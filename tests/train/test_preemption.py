@@ -36,6 +36,7 @@ PHASES = [
     ("verify", 6, None, "SIGUSR1 and SIGTERM"),
     ("delete", 6, None, "SIGTERM"),
 ]
+FAST = {0, 3, 4, 6, 9, 10}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,15 @@ def test_a_stop_in_any_phase_loses_nothing(corpus_and_straight, text_corpus, pha
     assert losses(read_metrics(folder / name)) == straight
 
 
-@pytest.mark.parametrize(("phase", "step"), [("step", 2), ("validate", 4), ("write", 3), ("load", 3)])
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [
+        ("step", 2),
+        pytest.param("validate", 4, marks=pytest.mark.slow),
+        pytest.param("write", 3, marks=pytest.mark.slow),
+        ("load", 3),
+    ],
+)
 def test_a_signal_to_one_process_is_everyones(corpus_and_straight, text_corpus, phase, step):
     folder, _ = corpus_and_straight
     name = f"two-{phase}".replace(" ", "-")

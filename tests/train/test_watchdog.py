@@ -92,6 +92,7 @@ def test_a_rank_whose_data_never_come_is_named_by_all(faulty):
         assert '"entries"' in done.file(f"*-gloo-rank-{rank}.json")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_inside_the_forward_is_told_from_those_that_wait_there(faulty):
     done = faulty("layer", 1, 2, at=3)
     assert done.codes == [EXIT_HANG] * 2
@@ -100,7 +101,7 @@ def test_a_rank_that_hangs_inside_the_forward_is_told_from_those_that_wait_there
     assert "stuck_layer" in done.file("*-rank-1.txt")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named_by_the_other(faulty, victim):
     done = faulty("stop", victim, 2, stays=victim)
     assert done.codes[1 - victim] == EXIT_HANG
@@ -109,7 +110,7 @@ def test_a_stopped_rank_is_named_by_the_other(faulty, victim):
     assert "train_step" in done.file(f"*-rank-{1 - victim}.txt")
 
 
-@pytest.mark.parametrize(("victim", "processes"), [(0, 2), (2, 4)])
+@pytest.mark.parametrize(("victim", "processes"), [(0, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_by_the_others(faulty, victim, processes):
     done = faulty("kill", victim, processes, faults__timeout=60.0)
     others = [rank for rank in range(processes) if rank != victim]
@@ -120,7 +121,7 @@ def test_a_killed_rank_is_named_by_the_others(faulty, victim, processes):
         assert re.search(said, done.errors[rank]), done.errors[rank]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_error_of_one_rank_reaches_the_other(faulty, victim):
     done = faulty("throw", victim, 2, faults__timeout=60.0)
     assert done.codes[1 - victim] == EXIT_ENDED
@@ -133,6 +134,7 @@ def test_an_error_of_one_rank_reaches_the_other(faulty, victim):
     assert "in train_step" in done.file(f"*-rank-{1 - victim}.txt")
 
 
+@pytest.mark.slow
 def test_a_hang_before_the_first_step(faulty):
     done = faulty("load", 0, 2, faults__start_timeout=3.0)
     assert done.codes == [EXIT_HANG] * 2
@@ -146,6 +148,7 @@ def test_one_process_ends_itself(faulty):
     assert "stuck_disk" in done.file("*-rank-0.txt")
 
 
+@pytest.mark.slow
 def test_long_loading_and_validation_are_no_hang(faulty):
     """Loading takes 4 s and each validation batch 0.8 s, of several; one rank waits for the other all that time."""
     done = faulty("patience", 1, 2, validation__steps=5, validation__interval=3)
@@ -154,6 +157,7 @@ def test_long_loading_and_validation_are_no_hang(faulty):
     assert len([row for row in read_metrics(done.run) if "val_loss" in row]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "victim", "processes"), [("slow disk", 1, 2), ("slow layer", 3, 4)])
 def test_a_slow_rank_is_named(faulty, fault, victim, processes):
     done = faulty(fault, victim, processes, faults__slow_rank=1.5, faults__timeout=60.0, training__steps=8)
