@@ -40,6 +40,11 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     resume = config.checkpoint.resume
     if isinstance(resume, int) and resume < 0:
         yield Problem('expected "auto", "none", a step of 0 or more, or a path', "checkpoint.resume", resume)
+    allowed, interval = config.checkpoint.max_unsaved_steps, config.checkpoint.interval
+    if 0 < allowed <= interval:
+        yield Problem(
+            f"must be more than checkpoint.interval ({interval}), or 0", "checkpoint.max_unsaved_steps", allowed
+        )
     if config.data.streaming and config.data.max_documents:
         message = "streaming ends with training.steps: leave it out, or prepare the data"
         yield Problem(message, "data.max_documents", config.data.max_documents)

@@ -65,7 +65,7 @@ def run_job(config: Config) -> None:
                 timeout = group_timeout(config.faults.start_timeout)
                 degrees = resolve_degrees(config, world_size)._asdict()
                 mesh = meshes.start(config.run.device, timeout, **degrees)
-            signals.leave_to_agreements()
+                signals.leave_to_agreements()
             try:
                 with (
                     Watchdog(config.faults, folder.faults, rank, world_size) as watchdog,
@@ -123,7 +123,13 @@ def _peer_ended(error: BaseException | None) -> bool:
 def _check_before_start(config: Config, folder: RunFolder) -> None:
     """What can be refused without a process group: the run folder, the checkpoint to resume, the data (rank 0)."""
     folder.check(config)
-    find_checkpoint(folder.checkpoints, config.checkpoint.resume)
+    found = find_checkpoint(folder.checkpoints, config.checkpoint.resume)
+    if found is None and folder.has_saved and config.checkpoint.interval:
+        raise CheckpointError(
+            f"{folder.path} has saved before, but {folder.checkpoints} holds no complete checkpoint: is checkpoint.dir right, "
+            f"and mounted? To start anew, choose another run.name or remove {folder.saved_file}"
+        )
+    folder.check_owner()
     if config.data.all_sources[0].source == "random":
         return
     if config.data.streaming:
@@ -153,6 +159,7 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.
         folder.write_config(config)
+        folder.write_owner()
         if tokenizer is not None:
             tokenizer.save(folder.tokenizer)
         trainer.checkpoints.remove_torn()
@@ -185,6 +192,8 @@ def _after_stop(trainer: Trainer) -> str:
     """What a run that was asked to stop leaves behind."""
     if not trainer.config.checkpoint.interval:
         return f"asked to stop after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
+    if trainer.checkpoints.last_saved != trainer.step or not trainer.step:
+        return "asked to stop before the first step; start the same command again"
     return f"asked to stop: step {trainer.step} is saved, and the same command goes on from there"
 
 

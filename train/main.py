@@ -16,7 +16,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
 from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
-from train.outcome import EXIT_HANG, EXIT_OTHER, EXIT_PREEMPTED, leave_at_once, tell_launcher  # noqa: E402
+from train.outcome import EXIT_HANG, EXIT_OTHER, EXIT_PREEMPTED, OUTCOME_VARIABLE, leave_at_once, tell_launcher  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
     from train.job import JobError, run_job
 
     try:
-        run_job(config)
+        try:
+            run_job(config)
+        finally:  # it is decided how this ends
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN if OUTCOME_VARIABLE in os.environ else signal.SIG_DFL)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

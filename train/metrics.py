@@ -77,7 +77,8 @@ class Recorder:
         self._sinks: list[Any] = []
         if not active:
             return
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._pending, self._warned = b"", False
         self._screen = _Screen(total_steps)
         if config.metrics.wandb:
             self._sinks.append(_WandbSink(config, folder, resumed=first_step > 1))
@@ -108,8 +109,15 @@ class Recorder:
             self._screen.say(f"step {step}: {message}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row | {"time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        """A disk that takes no more must not end a run: rows wait in memory until it does."""
+        self._pending += (json.dumps(row | {"time": round(time.time(), 3)}) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._warned:
+                print(f"{self._file.name}: {error}; rows are kept in memory", file=sys.stderr, flush=True)
+            self._warned = True
 
     def close(self) -> None:
         if self.active:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +39,8 @@ def tell_launcher(code: int, message: str = "") -> bool:
     if not folder or code not in FINAL:
         return False
     file = Path(folder) / f"{os.environ.get('RANK', 0)}.json"
+    if file.exists():
+        return True  # the first word counts: a signal that comes while the process ends changes nothing
     try:
         unfinished = file.with_suffix(".tmp")
         unfinished.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
@@ -54,7 +55,7 @@ def leave_at_once() -> NoReturn:
     message = "asked to stop, with nothing to be saved; start the same command again"
     told = tell_launcher(EXIT_PREEMPTED, message)
     if not told:
-        print(message, file=sys.stderr, flush=True)
+        os.write(2, f"{message}\n".encode())  # in a handler: a print may be under way
     os._exit(0 if told else EXIT_PREEMPTED)
 
 

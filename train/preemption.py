@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -52,11 +53,11 @@ class Signals:
     def __enter__(self) -> Signals:
         if self._active:
             handlers = {**dict.fromkeys(SIGNALS, lambda number, frame: None), INTERRUPT: self._interrupt}
-            self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
             self._thread.start()
         return self
@@ -115,8 +116,8 @@ class Agreement:
 
     FLAGS = ("stop", "saving")
 
-    def __init__(self, world_size: int):
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+    def __init__(self, world_size: int, timeout: timedelta):
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self.waited_seconds = 0.0
         """Time this process has stood waiting for the others here: the last to arrive waits least."""
         self._work: Any = None

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +52,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
+        self.saved_file = path / ".saved"
         self.profiles = path / "profiles"
         self._lock: IO[str] | None = None
 
@@ -128,6 +130,37 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.config_file, to_toml(config))
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether the run has ever had a complete checkpoint."""
+        return self.saved_file.exists()
+
+    def note_saved(self) -> None:
+        if not self.saved_file.exists():
+            with suppress(OSError):
+                self.saved_file.touch()
+
+    def check_owner(self) -> None:
+        """
+        Raises:
+            RunFolderError: the checkpoints in `checkpoint.dir` are those of another run of this name.
+        """
+        owner = self.checkpoints / "run.json"
+        if not owner.exists():
+            return
+        theirs = json.loads(owner.read_text(encoding="utf-8")).get("run")
+        if theirs != str(self.path.resolve()):
+            raise RunFolderError(
+                f"{self.checkpoints} holds the checkpoints of {theirs}: choose another run.name or checkpoint.dir, or remove "
+                f"{owner} if that run has moved here"
+            )
+
+    def write_owner(self) -> None:
+        """Say whose checkpoints these are, where they do not lie in the run folder."""
+        if self.checkpoints.parent != self.path:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.checkpoints / "run.json").write_text(json.dumps({"run": str(self.path.resolve())}), encoding="utf-8")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`; a torn last line is left out."""

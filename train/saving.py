@@ -15,7 +15,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,12 +94,18 @@ class Checkpoints:
     """Saves and restores one run's model and optimizer."""
 
     def __init__(
-        self, folder: Path, settings: CheckpointConfig, parts: Sequence[nn.Module], optimizer: Optimizer, mesh: Mesh
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        parts: Sequence[nn.Module],
+        optimizer: Optimizer,
+        mesh: Mesh,
+        timeout: timedelta,
     ):
         self.folder, self.settings, self.optimizer, self.mesh = folder, settings, optimizer, mesh
         # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
         self.parameters = dict(named_parameters(*parts))
-        self.group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if mesh.world_size > 1 else None
         self.retry_at: int | None = None
         self.last_saved = 0
         self._host: dict[str, Tensor] = {}
@@ -155,8 +163,9 @@ class Checkpoints:
         self._partly_on_host = any(not local.is_cuda for _, local in copies)
         path = self.folder / f"step-{commit.step:08d}"
         request = _Request(commit, path, files, staged, copies, bad)
-        self._thread = threading.Thread(target=self._run, args=(request,), daemon=True, name="save")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(request,), daemon=True, name="save")
+        thread.start()
+        self._thread = thread
 
     def wait_copied(self) -> None:
         """Before the state changes: a save that has begun must have its copy."""
@@ -199,7 +208,8 @@ class Checkpoints:
         """
         if self.too_far(step):
             allowed = f"checkpoint.max_unsaved_steps allows {self._allowed}"
-            raise CheckpointError(f"{step - self.last_saved} steps are not saved, and {allowed}: {problem}")
+            unsaved = f"{step - self.last_saved} steps are not saved, and {allowed}: {problem}"
+            raise CheckpointError(self.advice(unsaved))
 
     @property
     def _allowed(self) -> int:
@@ -237,6 +247,8 @@ class Checkpoints:
         began, step, path = time.perf_counter(), request.commit.step, request.path
         saved = Saved(step, path)
         try:
+            if self._stream is not None:
+                torch.cuda.set_device(self.mesh.device)  # a new thread begins on the first one
             non_finite = self._stage(partial(self._copy, request), f"copy step {step}")
             first_bad = min((bad for bad, _ in non_finite if bad >= 0), default=-1)
             if first_bad >= 0:
@@ -247,6 +259,8 @@ class Checkpoints:
                 saved = replace(saved, warning=self._write(request))
         except SaveFailed as error:
             saved = replace(saved, problem=str(error))
+            if self.mesh.is_main:
+                _remove_uncommitted(path)  # its room is what the next try needs
         except Exception as error:  # of this process alone, while the others wait for it: it has to end
             saved = replace(saved, problem=f"could not save step {step} to {path}: {root_cause(error)}", crash=error)
         self._copied.set()
@@ -257,10 +271,12 @@ class Checkpoints:
         for host, local in request.copies:
             if not local.is_cuda:
                 host.copy_(local)
+        self._copied.set()  # of what is on the device, the device itself waits
         if self._stream is not None:
             self._on_host.synchronize()
-        self._copied.set()
-        numbers = [host for host, _ in request.copies if host.is_floating_point() and host.numel()]
+        hosts = [host for host, _ in request.copies]
+        request.copies.clear()  # plain copies of quantised moments are freed
+        numbers = [host for host in hosts if host.is_floating_point() and host.numel()]
         largest = torch.stack([number.float() for number in torch._foreach_norm(numbers, ord=float("inf"))])
         return int(request.first_bad_step), bool(torch.isfinite(largest).all())
 
@@ -269,12 +285,14 @@ class Checkpoints:
         path, commit = request.path, request.commit
         step = f"step {commit.step} to {path}"
         self._on_main(lambda: _make_empty(path), f"prepare {path}")
-        writer_type = FsspecWriter if is_url(path) else dcp.FileSystemWriter
+        writers: list[dcp.FileSystemWriter] = []
+        kind = FsspecWriter if is_url(path) else dcp.FileSystemWriter
+        # What is copied ahead goes through the device's current stream, where the training is; here all is in host memory.
+        self._stage(lambda: writers.append(kind(str(path), per_thread_copy_ahead=0)), f"open {path}")
         try:
-            writer = writer_type(str(path), single_file_per_rank=True)
-            dcp.save(request.staged, storage_writer=writer, process_group=self.group)
-        except (CheckpointException, OSError) as error:
-            raise SaveFailed(self.advice(f"could not save {step}: {root_cause(error)}")) from error
+            dcp.save(request.staged, storage_writer=writers[0], process_group=self.group)
+        except CheckpointException as error:
+            raise SaveFailed(f"could not save {step}: {root_cause(error)}") from error
         self._stage(lambda: _write_durably(path, request.files), f"save {step}")
         self._on_main(lambda: self._commit(path, commit), f"commit {path}")
         self._on_main(lambda: self._verify(path), f"verify {path}")
@@ -328,20 +346,25 @@ class Checkpoints:
         found = self._gather((problem, result))
         problems = [problem for problem, _ in found if problem]
         if problems:
-            raise SaveFailed(self.advice(problems[0]))
+            raise SaveFailed(problems[0])
         return [result for _, result in found]
 
     def advice(self, problem: str) -> str:
         """A problem with what is safe and what to do."""
-        steps = committed_steps(self.folder)
-        last = f"the last complete one is step {max(steps)}" if steps else "there is no complete one yet"
-        try:
+        last = f"the last complete one is {self.newest()}"
+        with suppress(OSError):
             if not is_url(self.folder):
                 free = shutil.disk_usage(self.folder if self.folder.exists() else ".").free / 2**30
                 last += f"; {free:.1f} GiB are free there"
-        except OSError as error:
-            last += f"; {self.folder} cannot be read: {error.strerror}"
         return f"{problem}\n  Nothing committed is lost ({last}). Make room or repair the disk, then start the same command."
+
+    def newest(self) -> str:
+        """The newest complete checkpoint, in words."""
+        try:
+            steps = committed_steps(self.folder)
+        except Exception as error:  # a storage that is gone has errors of its own
+            return f"unknown, {self.folder} cannot be read: {error}"
+        return f"step {max(steps)} in {self.folder}" if steps else "none"
 
     # Between runs
 
@@ -405,6 +428,12 @@ def _permanent(path: Path) -> bool:
         return Commit.read(path).permanent
     except CheckpointError:
         return True  # what cannot be read is not ours to delete
+
+
+def _remove_uncommitted(path: Path) -> None:
+    with suppress(Exception):
+        if path.exists() and not (path / COMMIT).exists():
+            remove_tree(path)
 
 
 def _make_empty(path: Path) -> None:

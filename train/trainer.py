@@ -31,7 +31,7 @@ from parallel.init import ADAPTERS, init_weights, load_weights
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from parallel.pipeline import Pipeline
-from train.checkpoint import CheckpointError, Commit, Damaged, check_model, committed_steps, find_checkpoint
+from train.checkpoint import CheckpointError, Commit, Damaged, check_model, find_checkpoint
 from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
@@ -43,6 +43,7 @@ from train.saving import Checkpoints
 from train.spikes import Spikes
 from train.step_times import StepTimes
 from train.tokenizer import Tokenizer
+from train.watchdog import group_timeout
 from transforms.context import TRAINING, VALIDATION, places
 
 GC_INTERVAL = 50
@@ -104,8 +105,9 @@ class Trainer:
             self.after_update = partial(precompute_scales, self.parts, mesh)
         compiled = config.compile.enabled and config.compile.backend == "inductor"
         self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
-        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, self.parts, self.optimizer, mesh)
-        self.signals, self.agreement = signals or Signals(), Agreement(mesh.world_size)
+        timeout, folder = group_timeout(config.faults.start_timeout), self.folder.checkpoints
+        self.checkpoints = Checkpoints(folder, config.checkpoint, self.parts, self.optimizer, mesh, timeout)
+        self.signals, self.agreement = signals or Signals(), Agreement(mesh.world_size, timeout)
         self.spikes = Spikes(config.faults.spike)
         self.left_out = 0
         """Updates in a row that were left out, for a gradient that was not finite."""
@@ -115,7 +117,7 @@ class Trainer:
         # First step at which something was not finite, or -1; lives on the device.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=mesh.device)
         self.step = 0
-        self.gradients_checked = False
+        self.gradients_checked = self.goes_on = False
 
     def build_inputs(self, stages: list[int], tokenizer: Tokenizer | None) -> None:
         """What stands between rows and the model: documents, the part of the sequence, the pipeline's schedule."""
@@ -143,8 +145,7 @@ class Trainer:
         """
         config, damaged = self.config, ""
         while True:
-            found = find_checkpoint(self.folder.checkpoints, config.checkpoint.resume) if self.mesh.is_main else None
-            path = self.mesh.broadcast_object(found)
+            path, commit = self.mesh.broadcast_object(self.find_commit())
             if path is None:
                 if damaged:
                     raise CheckpointError(
@@ -153,7 +154,8 @@ class Trainer:
                 self.open_data(None)
                 return None
             try:
-                commit = Commit.read(path)
+                if isinstance(commit, Damaged):
+                    raise commit
                 check_model(commit, path, self.shape, self.tokenizer_fingerprint, self.adapters, config.optimizer.name)
                 materialise_state(self.optimizer)
                 self.checkpoints.load(path)
@@ -161,8 +163,17 @@ class Trainer:
                 damaged = self.checkpoints.without_damaged(path, error, config.checkpoint.resume == "auto")
                 continue
             self.step = self.checkpoints.last_saved = commit.step
+            self.goes_on = path.parent == self.folder.checkpoints
             self.open_data((path, commit.data))
             return path
+
+    def find_commit(self) -> tuple[Path | None, Any]:
+        """The checkpoint to go on from, and its marker or what is wrong with it (main process)."""
+        path = find_checkpoint(self.folder.checkpoints, self.config.checkpoint.resume) if self.mesh.is_main else None
+        try:
+            return path, Commit.read(path) if path is not None else None
+        except Damaged as error:
+            return path, error
 
     def open_data(self, resumed: tuple[Path, dict[str, Any]] | None) -> None:
         """Begin to read ahead, from the first row or from a checkpoint's folder and data state."""
@@ -183,8 +194,10 @@ class Trainer:
         )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
-            stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
-            if not stop and self.mesh.broadcast_object(self.validation_is_missing()):
+            if self.agreement.ask(stop=self.asked_to_stop)["stop"]:
+                return False
+            stop = False
+            if self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
             profiler.start()
@@ -399,12 +412,9 @@ class Trainer:
     def validation_is_missing(self) -> bool:
         """Whether this run was stopped between a save and the validation of that step (main process)."""
         final = self.step == self.last_step
-        if not self.mesh.is_main or not self.step or not _due(self.config.validation.interval, self.step, final):
+        if not self.mesh.is_main or not self.goes_on or not _due(self.config.validation.interval, self.step, final):
             return False
-        rows = self.folder.metrics()
-        return any("loss" in row for row in rows) and not any(
-            "val_loss" in row and row["step"] == self.step for row in rows
-        )
+        return not any("val_loss" in row and row["step"] == self.step for row in self.folder.metrics())
 
     def _held_out_figures(self, suffix: str) -> dict[str, float] | None:
         """None when the job was asked to stop meanwhile."""
@@ -462,7 +472,7 @@ class Trainer:
                 self.begin_save()
                 problem = self.settle(recorder)
             if checkpoints.last_saved != self.step:
-                raise CheckpointError(problem)
+                raise CheckpointError(checkpoints.advice(problem))
         elif due:
             self.begin_save()
             if settings.mode == "sync":
@@ -473,6 +483,11 @@ class Trainer:
             checkpoints.check_unsaved(self.step, problem)
 
     def begin_save(self) -> None:
+        if not self.optimizer.state:  # every update so far was left out
+            materialise_state(self.optimizer)
+            for state in self.optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
         data, files = self.data.state(self.batches, self.mesh.data_rank)
         optimizer = self.config.optimizer.name
         commit = Commit(self.step, data, asdict(self.shape), self.tokenizer_fingerprint, self.adapters, optimizer)
@@ -491,9 +506,13 @@ class Trainer:
         if saved.non_finite:
             raise NonFinite(self._advice(saved.non_finite))
         if saved.problem:
-            recorder.event(self.step, "save_failed", saved.problem)
+            recorder.event(
+                self.step, "save_failed", self.checkpoints.advice(saved.problem) if self.mesh.is_main else ""
+            )
         else:
             recorder.say(f"saved {saved.path}")
+            if self.mesh.is_main:
+                self.folder.note_saved()
             if saved.warning:
                 recorder.event(self.step, "save_warning", saved.warning)
         return saved.problem
@@ -517,8 +536,7 @@ class Trainer:
         return torch.where(value == big, -1, value)
 
     def _advice(self, problem: str) -> str:
-        steps = committed_steps(self.folder.checkpoints)
-        last = f"step {max(steps)} in {self.folder.checkpoints}" if steps else "none"
+        last = self.checkpoints.newest()
         flips = any(getattr(spec, "kind", "") == "bitflip" for spec in self.config.transforms)
         cause = (
             "  Exponent bits that flip make infinities: a zero_above on weights and inputs clears them.\n"

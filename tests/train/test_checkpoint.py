@@ -244,6 +244,101 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run_here, t
     with pytest.raises(JobError, match=r"(?s)could not load .*No other checkpoint is complete") as no:
         run_here()
     assert no.value.code == 4
+    before = read_metrics(tmp_path / "run")
+    with pytest.raises(JobError, match=r"has saved before, but .* holds no complete checkpoint"):
+        run_here()
+    assert read_metrics(tmp_path / "run") == before
+
+
+def test_checkpoints_that_are_not_where_they_were_are_missed(run_here, tmp_path):
+    run_here(checkpoint__dir=str(tmp_path / "scratch"), training__stop_after=10)
+    with pytest.raises(JobError, match=r"is checkpoint.dir right, and mounted") as no:
+        run_here()
+    assert no.value.code == 2
+    (tmp_path / "run" / ".saved").unlink()
+    assert losses(run_here(training__stop_after=1))[0][0] == 1
+
+
+def test_two_runs_of_one_name_do_not_share_checkpoints(run_here, tmp_path):
+    scratch = str(tmp_path / "scratch")
+    run_here(checkpoint__dir=scratch, training__stop_after=5)
+    with pytest.raises(JobError, match=r"holds the checkpoints of .*choose another run.name or checkpoint.dir"):
+        run_here(checkpoint__dir=scratch, run__dir=tmp_path / "others", data__dir=tmp_path / "data")
+    assert list(committed_steps(tmp_path / "scratch" / "run")) == [5]
+
+
+def test_a_full_disk_under_the_metrics_does_not_end_the_run(run_here, tmp_path, monkeypatch, capsys):
+    """The rows wait in memory, and are written when there is room."""
+    import errno
+
+    from train import metrics
+
+    straight, full = run_here("straight"), [True] * 7
+
+    class Full(metrics.Recorder):
+        def _write(self, row):
+            file = self._file
+
+            class NoRoom:
+                name = file.name
+
+                def write(self, data):
+                    if full:
+                        full.pop()
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    return file.write(data[:50])  # a disk that is nearly full takes a part
+
+                def close(self):
+                    file.close()
+
+            self._file = NoRoom()
+            super()._write(row)
+            self._file = file
+
+    monkeypatch.setattr("train.job.Recorder", Full)
+    assert losses(run_here()) == losses(straight)
+    assert capsys.readouterr().err.count("rows are kept in memory") == 1
+
+
+def test_a_storage_that_cannot_be_looked_at_is_tried_again(run_here, tmp_path, monkeypatch):
+    """A network disk that is away for a moment: even listing it fails."""
+    import errno
+
+    from train import saving
+
+    listed, begin, make_empty, away = saving.committed_steps, saving.Checkpoints.begin, saving._make_empty, []
+
+    def fail_while_away() -> None:
+        if away:
+            away.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def committed(folder):
+        fail_while_away()
+        return listed(folder)
+
+    def empty(path):
+        fail_while_away()
+        make_empty(path)
+
+    def noting(self, commit, *rest):
+        away[:] = [True] * 2 if commit.step == 10 else []
+        begin(self, commit, *rest)
+
+    monkeypatch.setattr(saving, "committed_steps", committed)
+    monkeypatch.setattr(saving, "_make_empty", empty)
+    monkeypatch.setattr(saving.Checkpoints, "begin", noting)
+    rows = run_here(checkpoint__mode="sync", checkpoint__keep=10)
+    (failed,) = [row["message"] for row in rows if row.get("event") == "save_failed"]
+    assert "unknown, " in failed
+    assert "cannot be read: [Errno 5]" in failed
+    assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 11, 15, 20]
+
+
+def test_what_a_failed_save_leaves_takes_no_room(run_here, tmp_path, full_disk):
+    full_disk(10)
+    run_here(checkpoint__mode="sync", checkpoint__keep=10)
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000010").exists()
 
 
 def test_names_are_plain_whatever_wraps_the_model(run_here, tmp_path):

@@ -74,6 +74,15 @@ def test_the_weights_of_a_left_out_step_stay(run_here, poisoned, monkeypatch):
     assert not torch.equal(weights[7], weights[8])
 
 
+def test_a_checkpoint_before_the_first_update_can_be_loaded(run_here, poisoned):
+    poisoned(1, 2)
+    skip = {"faults__non_finite": "skip", "checkpoint__interval": 1}
+    straight = run_here("straight", **skip)
+    run_here("stopped", **skip, training__stop_after=2)
+    rows = [row for row in run_here("stopped", **skip) if "loss" in row]
+    assert losses(rows) == losses([row for row in straight if "loss" in row])
+
+
 def test_too_many_in_a_row_stop_the_run(run_here, poisoned):
     poisoned(*range(5, 20))
     with pytest.raises(
