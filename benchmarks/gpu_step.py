@@ -31,6 +31,7 @@ sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(RO
 
 import torch  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from models.sizes import FLOPS_FORMULA, LlamaShape, num_parameters, peak_flops  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
@@ -38,6 +39,7 @@ from parallel.apply import compute_dtype  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
 from train.data import PreparedData, RandomRows  # noqa: E402
+from train.optimizer import finiteness  # noqa: E402
 from train.trainer import GC_INTERVAL, Trainer  # noqa: E402
 
 WARM_STEPS = 3, 12  # at least, at most; CUDA graphs run once, record, and replay from the third call on
@@ -166,7 +168,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     seconds = sum(seconds for _, seconds in windows)
     waited = loop.trainer.batches.waited - waited
     loop.trainer.check_finite()
-    loop.trainer.check_weights_finite()
+    tensors = [p.detach() for p in loop.trainer.parameters()] + finiteness(loop.trainer.optimizer)
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    if not torch.isfinite(torch.stack(torch._foreach_norm([t for t in local if t.numel()], ord=math.inf))).all():
+        raise RuntimeError("a weight or optimizer moment is not finite")
     answer = speed(config, loop.trainer, windows)
     answer |= {
         "loss": round(float(loop.loss), 4),

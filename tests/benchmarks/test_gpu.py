@@ -92,8 +92,9 @@ def test_a_run_on_cpu_is_recorded_and_resumed(gpu, tmp_path):
 
 def test_out_of_memory_is_an_outcome(gpu, tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.MODELS, "debug", gpu.replace(gpu.MODELS["debug"], first=gpu.Setting(1)))
-    huge = "4000000000000"  # its embedding is beyond any address space
-    content = gpu.run(tmp_path / "result.json", *QUICK, *EAGER, "--model.shape.vocab_size", huge)
+    # Its embedding is beyond any address space.
+    huge = ["--model.shape.vocab_size", str(1 << 24), "--model.shape.dim", str(1 << 22), "--model.shape.head_dim", "64"]
+    content = gpu.run(tmp_path / "result.json", *QUICK, *EAGER, *huge)
     (row,) = content["measurements"]
     assert row["status"] == "out of memory"
     assert "can't allocate memory" in row["reason"]
