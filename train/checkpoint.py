@@ -25,6 +25,7 @@ from models.sizes import LlamaShape
 from train import checkpoint_files, records
 from train.checkpoint_files import SafeReader
 from train.checkpoint_metadata import DamagedCheckpoint
+from train.run_folder import write_atomically
 
 COMMIT = "commit.json"
 VERIFIED = "verified.json"
@@ -217,12 +218,7 @@ def write_whole(path: Path, text: str) -> None:
     if is_url(path):
         path.write_text(text)  # an object appears when it is complete
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, text)
     for folder in (path.parent, path.parent.parent):  # the file's name, and its folder's
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -129,7 +129,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.config_file, to_toml(config))
+        write_atomically(self.config_file, to_toml(config))
 
     @property
     def has_saved(self) -> bool:
@@ -181,7 +181,7 @@ class RunFolder:
         if not self.metrics_file.exists():
             return
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-        _write_atomically(self.metrics_file, "".join(kept))
+        write_atomically(self.metrics_file, "".join(kept))
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,7 +195,7 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

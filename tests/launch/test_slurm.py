@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -184,9 +183,6 @@ def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("train.preemption") is None, reason="the trainer does not yet handle signals"
-)
 def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(
     slurm, training, uninterrupted, tmp_path
 ):
