@@ -40,6 +40,8 @@ class CausalAttention(nn.Module):
     def __init__(self, grouped: bool):
         super().__init__()
         self.grouped = grouped
+        self.first_head = 0
+        """Number of the first head that is here, where the heads are spread over devices."""
 
     def forward(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask | None = None) -> Tensor:
         return self.products(q_BHTE, k_BKSE, v_BKSE, mask)

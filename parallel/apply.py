@@ -67,7 +67,7 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
     noise = None
     if config.transforms:
         try:
-            noise = transforms.apply(model, config.transforms, config.noise_seed)
+            noise = transforms.apply(model, config.transforms, config.noise_seed, config.noise.warmup_steps)
         except transforms.TransformError as error:
             raise ValueError(f"transforms.{error.index}.modules: {error}") from error
     if model.lm_head.chunk_tokens and any(

@@ -71,9 +71,13 @@ class Sequences:
     Args:
         bos_id: token with which documents begin, or None where rows are not cut into documents.
         always_positions: give positions also where they are the columns of a whole row.
+        dense_masks: never masks of blocks, which only FlexAttention reads.
     """
 
-    def __init__(self, mesh: Mesh, length: int, bos_id: int | None, always_positions: bool = False):
+    def __init__(
+        self, mesh: Mesh, length: int, bos_id: int | None, always_positions: bool = False, dense_masks: bool = False
+    ):
+        self.blocks = False if dense_masks else None
         self.bos_id = bos_id
         self.whole = mesh.context_size == 1
         self.always_positions = always_positions
@@ -101,8 +105,8 @@ class Sequences:
             if self.always_positions or not self.whole:
                 positions = self.columns.expand(rows, -1)
             if not self.whole and self._mask is None:
-                self._mask = attention_mask(self.columns, self.key_columns)
+                self._mask = attention_mask(self.columns, self.key_columns, blocks=self.blocks)
             return positions, self._mask
         positions = positions_in_documents(documents_BT)[:, self.columns]
         own, keys = documents_BT[:, self.columns], documents_BT[:, self.key_columns]
-        return positions, attention_mask(self.columns, self.key_columns, own, keys)
+        return positions, attention_mask(self.columns, self.key_columns, own, keys, self.blocks)

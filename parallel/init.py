@@ -16,13 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parallel.names import named_parameters
+from parallel.names import LEARNED, named_parameters
 from transforms.noise import philox_4x32, stream_key
 
 if TYPE_CHECKING:
     from models.llama import Llama
 
 ADAPTERS = ("lora_A", "lora_B")
+
+
+def of_model(name: str) -> bool:
+    """Whether a parameter is one of the model's own, and not of an adapter or of a hardware effect."""
+    return not name.endswith(ADAPTERS) and not name.startswith(LEARNED)
+
+
 TRUNCATION = 3.0
 _QUANTILES = 4096
 _CHUNK_WORDS = 1 << 20  # int64 temporaries of a few tens of MB, whatever the size of the parameter
@@ -66,7 +73,7 @@ def load_weights(parts: Sequence[Llama], read: Callable[[str, int, int], Tensor]
     Adapters are no part of a file; they keep what `init_weights` gave them.
     """
     for name, parameter in named_parameters(*parts):
-        if name.endswith(ADAPTERS):
+        if not of_model(name):
             continue
         local, (row, column) = _local_part(parameter)
         part = read(name, row, local.shape[0])
@@ -78,14 +85,14 @@ def init_weights(parts: Sequence[Llama], seed: int, adapters_only: bool = False)
     """Set every parameter to its initial value, in place; sharded or not, the values are the same bits.
 
     Matrices: normal of `model.initial_std(name)`, truncated at 3 sigma. Norms: 1. Padding of the vocabulary: 0. Adapters:
-    A of variance 1 / in, B 0.
+    A of variance 1 / in, B 0. What hardware effects learn: 0.
     """
     model = parts[0]
     for name, parameter in named_parameters(*parts):
-        if adapters_only and not name.endswith(ADAPTERS):
+        if adapters_only and of_model(name):
             continue  # comes from a file
         local, offsets = _local_part(parameter)
-        if name.endswith("lora_B"):
+        if name.endswith("lora_B") or name.startswith(LEARNED):
             local.zero_()
             continue
         std = parameter.shape[1] ** -0.5 if name.endswith("lora_A") else model.initial_std(name)

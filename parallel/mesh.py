@@ -38,6 +38,8 @@ class Mesh:
     context_group: ProcessGroup | None
     context_rank: int
     context_size: int
+    stage_group: ProcessGroup | None
+    """Processes that hold the same layers: all but the pipeline's other stages."""
     sum_group: ProcessGroup | None
     """Processes whose losses and token counts add up: all that hold another part of the batch, and the pipeline's others."""
 
@@ -54,6 +56,12 @@ class Mesh:
         """Sum a tensor over all parts of the global batch, in place; stages of a pipeline count as parts."""
         if self.sum_group is not None and self.sum_group.size() > 1:
             dist.all_reduce(value, group=self.sum_group)
+        return value
+
+    def largest_of_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """The maximum over all processes that hold the same layers, in place."""
+        if self.stage_group is not None and self.stage_group.size() > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX, self.stage_group)
         return value
 
     def gather_objects(self, value) -> list:
@@ -143,6 +151,7 @@ def build(device: torch.device, pipeline: int, replicate: int, shard: int, conte
         context_group=_group_along(grid, (3,), rank) if context > 1 else None,
         context_rank=place[3],
         context_size=context,
+        stage_group=_group_along(grid, (1, 2, 3, 4), rank) if pipeline > 1 else dist.group.WORLD,
         sum_group=_group_along(grid, (0, 1, 2, 3), rank) if tensor > 1 else dist.group.WORLD,
     )
 

@@ -7,17 +7,25 @@ from collections.abc import Iterator
 
 from torch import nn
 
+LEARNED = "transforms."
+"""Begins the names of what hardware effects learn and track."""
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original$")
+_LEARNED = re.compile(r"^(.*)\.(?:parametrizations\.)?(weight|input_effects)\.(\d+)\.range\.(log_range)$")
 _OF_EFFECT = re.compile(r"parametrizations\.\w+\.\d+\.(\w+)$")
 
 
 def clean_name(name: str) -> str:
     """The name a parameter has in the bare model: compile, checkpoint and parametrization prefixes removed.
 
-    A parameter of an effect on a weight, such as an adapter's, stands beside that weight.
+    A parameter of an effect on a weight, such as an adapter's, stands beside that weight; what a hardware effect learns has
+    a name of its own, beginning with "transforms.".
     """
-    return _OF_EFFECT.sub(r"\1", _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name)))
+    name = _WRAPPERS.sub("", name)
+    if learned := _LEARNED.fullmatch(name):
+        layer, operand, number, what = learned.groups()
+        return f"{LEARNED}{layer}.{'w' if operand == 'weight' else 'x'}.{number}.{what}"
+    return _OF_EFFECT.sub(r"\1", _PARAMETRIZED.sub(r"\1", name))
 
 
 def named_parameters(*parts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

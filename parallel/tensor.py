@@ -162,6 +162,9 @@ def split(model: Llama, mesh: DeviceMesh) -> None:
         module.tensor_group, module.tensor_rank = mesh.get_group().group_name, mesh.get_local_rank()
         if kind == "gathered":
             module.__class__ = _GATHERED[type(module)]
+            if isinstance(module, Attention):
+                heads = module.q_proj.out_features // module.head_dim
+                module.attend.first_head = mesh.get_local_rank() * heads // mesh.size()
             continue
         if kind == "vocabulary":
             module.__class__, placement = _VOCABULARY[type(module)], Shard(0)

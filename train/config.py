@@ -307,6 +307,9 @@ class NoiseConfig(Section):
     group_size: Count = 0
     """Rows of the global batch that share one draw of the transient weight noise, as one simulated chip would; a multiple
     of the micro-batch size. 0: all of them, on all devices."""
+    warmup_steps: Count = 0
+    """Steps over which hardware effects grow to their full strength: probabilities of errors, variances and the part of a
+    rounding that acts. Validation and evaluation always see the full strength."""
 
 
 class MetricsConfig(Section):

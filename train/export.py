@@ -15,6 +15,7 @@ from torch import Tensor
 from models.hf import SHARD_BYTES, hf_config, strip_padding, write_json, write_safetensors
 from models.sizes import LlamaShape, num_parameters
 from parallel.init import ADAPTERS
+from parallel.names import LEARNED
 from train.checkpoint import COMMIT, CheckpointError, Commit, checkpoint_names, committed_steps, read_tensors
 from train.config import Config
 from train.run_folder import RunFolder, RunFolderError
@@ -51,8 +52,16 @@ class TrainedModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, float32, padding stripped, under Hugging Face names; adapters are merged into theirs."""
-        tensors = self.merged(read_tensors(self.checkpoint, checkpoint_names(self.checkpoint)))
+        names = checkpoint_names(self.checkpoint)
+        tensors = self.merged(
+            read_tensors(self.checkpoint, {n: s for n, s in names.items() if not n.startswith(LEARNED)})
+        )
         return {name: strip_padding(name, tensor, self.shape).clone() for name, tensor in tensors.items()}
+
+    def ranges(self) -> dict[str, Tensor]:
+        """What hardware effects tracked and learned, float32, by name."""
+        names = checkpoint_names(self.checkpoint)
+        return read_tensors(self.checkpoint, {n: s for n, s in names.items() if n.startswith(LEARNED)})
 
     def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of which the adapters among `tensors` have become a part."""
@@ -130,7 +139,7 @@ def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
     group: dict[str, torch.Size] = {}
     seen: set[str] = set()
     for name, size in sizes.items():
-        if name.endswith(ADAPTERS):
+        if name.endswith(ADAPTERS) or name.startswith(LEARNED):
             continue
         if group and 4 * sum(s.numel() for s in [*group.values(), size]) > SHARD_BYTES:
             yield model.merged(read_tensors(model.checkpoint, group))
@@ -138,10 +147,9 @@ def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
         layer = name.removesuffix("weight")
         group |= {key: sizes[key] for key in (name, *(layer + adapter for adapter in ADAPTERS)) if key in sizes}
         seen |= group.keys()
-    if seen != sizes.keys():
-        raise CheckpointError(
-            f"{model.checkpoint} has adapters without a weight: {', '.join(sorted(sizes.keys() - seen))}"
-        )
+    left = sorted(name for name in sizes.keys() - seen if not name.startswith(LEARNED))
+    if left:
+        raise CheckpointError(f"{model.checkpoint} has adapters without a weight: {', '.join(left)}")
     yield model.merged(read_tensors(model.checkpoint, group))
 
 

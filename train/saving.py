@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parallel.mesh import Mesh
-from parallel.names import named_parameters
+from parallel.names import LEARNED, named_parameters
 from train import checkpoint_files
 from train.checkpoint import (
     COMMIT,
@@ -43,6 +43,7 @@ from train.checkpoint import (
     CheckpointError,
     Commit,
     Damaged,
+    checkpoint_names,
     committed_steps,
     is_url,
     is_verified,
@@ -101,7 +102,10 @@ class Checkpoints:
         optimizer: Optimizer,
         mesh: Mesh,
         timeout: timedelta,
+        ranges: dict[str, Tensor] | None = None,
     ):
+        self.ranges = ranges or {}
+        """What hardware effects track, by name; plain tensors, the same on all processes that have the layer."""
         self.folder, self.settings, self.optimizer, self.mesh = folder, settings, optimizer, mesh
         # Taken once: in the middle of a forward FSDP shows gathered parameters in place of these.
         self.parameters = dict(named_parameters(*parts))
@@ -227,14 +231,15 @@ class Checkpoints:
             CheckpointError: a file is damaged or a tensor is missing.
         """
         state = self.state()
-        load_into(state, path)
+        held = checkpoint_names(path)
+        load_into({key: tensor for key, tensor in state.items() if _of_model(key) or _effects_own(key) in held}, path)
         for key, moment in self._moments():
             set_moment(moment, state[key])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to keep, under its plain name; loads write into these, of which only quantised moments are copies."""
         state = {name: _plain(parameter.detach()) for name, parameter in self.parameters.items()}
-        return state | {key: plain_moment(moment) for key, moment in self._moments()}
+        return state | self.ranges | {key: plain_moment(moment) for key, moment in self._moments()}
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():
@@ -407,6 +412,16 @@ def _set_aside(path: Path, why: str) -> Path:
         return path.rename(target)
     path.fs.mv(path.path, target.path, recursive=True)  # type: ignore[attr-defined]
     return target
+
+
+def _effects_own(key: str) -> str:
+    """The parameter that a tensor of the optimizer belongs to, or the name itself."""
+    return key.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0] if key.startswith(OPTIMIZER_PREFIX) else key
+
+
+def _of_model(key: str) -> bool:
+    """Not what hardware effects track or learn: a clean checkpoint, which has none, begins them anew."""
+    return not key.removeprefix(OPTIMIZER_PREFIX).startswith(LEARNED)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from parallel import apply as parallelize
 from parallel import gradients
 from parallel.context import Batch, Sequences
 from parallel.degrees import resolve_degrees, rows_per_micro_batch
-from parallel.init import ADAPTERS, init_weights, load_weights
+from parallel.init import init_weights, load_weights, of_model
 from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from parallel.pipeline import Pipeline
@@ -95,7 +95,7 @@ class Trainer:
         init_weights(self.parts, config.run.seed, adapters_only=hf_weights is not None)
         if hf_weights is not None:
             weights = HFWeights(hf_weights)
-            expected = {n: p.shape for n, p in named_parameters(*self.parts) if not n.endswith(ADAPTERS)}
+            expected = {n: p.shape for n, p in named_parameters(*self.parts) if of_model(n)}
             check_names(weights, expected, shape)
             load_weights(self.parts, weights.read)
         self.after_update: Callable[[], None] = lambda: None
@@ -106,7 +106,8 @@ class Trainer:
         compiled = config.compile.enabled and config.compile.backend == "inductor"
         self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
         timeout, folder = group_timeout(config.faults.start_timeout), self.folder.checkpoints
-        self.checkpoints = Checkpoints(folder, config.checkpoint, self.parts, self.optimizer, mesh, timeout)
+        ranges = self.noise.state() if self.noise is not None else {}
+        self.checkpoints = Checkpoints(folder, config.checkpoint, self.parts, self.optimizer, mesh, timeout, ranges)
         self.signals, self.agreement = signals or Signals(), Agreement(mesh.world_size, timeout)
         self.spikes = Spikes(config.faults.spike)
         self.left_out = 0
@@ -124,9 +125,10 @@ class Trainer:
         config, mesh = self.config, self.mesh
         bos_id = tokenizer.bos_id if config.training.document_mask and tokenizer is not None else None
         pipelined = mesh.pipeline.size() > 1
-        self.sequences = Sequences(mesh, config.training.sequence_length, bos_id, always_positions=pipelined)
+        in_products = self.noise is not None and self.noise.in_attention
+        self.sequences = Sequences(mesh, config.training.sequence_length, bos_id, pipelined, dense_masks=in_products)
         if self.noise is not None and not self.sequences.whole:
-            self.noise.columns = self.sequences.columns
+            self.noise.columns, self.noise.keys = self.sequences.columns, self.sequences.key_columns
         self.pipeline: Pipeline | None = None
         if pipelined:
             dtype = parallelize.compute_dtype(config, mesh.device)
@@ -252,6 +254,8 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.noise is not None:
+            self.noise.begin_step(self.step)
         batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))
         tokens = self.count_tokens(batch)
 
@@ -266,6 +270,8 @@ class Trainer:
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.beat("optimizer", self.step + 1)
         self.checkpoints.wait_copied()
+        if self.noise is not None:
+            self.noise.end_step(self.mesh.largest_of_stage)
         # The norm is the same on all ranks; to look at it here is what "skip" costs.
         if self.config.faults.non_finite == "skip" and not torch.isfinite(norm):
             self.left_out += 1

@@ -257,7 +257,7 @@ def _transform_attention(attention: Any, name: str, spec: Any, noise: Noise, str
     """Add one transform to the products of one attention."""
     first_head = getattr(attention, "first_head", 0)
     attention.attention_effects = attention_stages(spec, noise, name, stream, first_head)
-    attention.noise = noise
+    attention.noise, noise.in_attention = noise, True
     if hasattr(type(attention), "products"):
         of: Any = type(attention)
         attention.__class__ = transformed_attention_class(of)

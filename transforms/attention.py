@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transforms.operands import lane_normals, lane_uniforms
+from transforms.operands import Draw, lane_normals, lane_uniforms
 from transforms.product import Place, Product, ProductCode, convert
 from transforms.quantise import Quantise, QuantiseCode
 
@@ -233,7 +233,7 @@ class _Step:
             uniform = self._drawn(lane_uniforms, own[0][:2], acc, queries, name)
         return convert(code.converter, acc, own[code.stochastic], uniform, own[-1] if code.blended else None)
 
-    def _drawn(self, draw: Any, key: Tensor, acc: Tensor, queries: slice, name: str) -> Tensor:
+    def _drawn(self, draw: Draw, key: Tensor, acc: Tensor, queries: slice, name: str) -> Tensor:
         """A number for each element of a product."""
         context, tokens = self.place
         assert context is not None

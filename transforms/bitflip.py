@@ -23,7 +23,7 @@ from torch import Tensor
 from transforms.context import Noise
 from transforms.effect import Code, Effect
 from transforms.formats import Float, Format, named
-from transforms.operands import Operand, first_chunks, within
+from transforms.operands import AUTOGRAD, Operand, first_chunks, within
 from transforms.sampling import CHUNK, Law, choose_law, failed_cells, make_table, stuck_values, words_of
 from transforms.scales import Scaling
 
@@ -222,12 +222,8 @@ def _bitflip_on_cpu(value: Tensor, table: Tensor, context: Tensor, tokens: Tenso
     run = _compiled(code.text, None if code.of_weight else value.shape, kind)
     # Called from a forward, a backward or neither: without this each would be compiled by itself. Shapes and shards add
     # variants of their own, some for one number of chunks.
-    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD), torch._dynamo.config.patch(recompile_limit=64):
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOGRAD), torch._dynamo.config.patch(recompile_limit=64):
         return run(code, rows, table, context, tokens, *place).view(value.shape)
-
-
-_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
-_AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 @cache

@@ -54,6 +54,8 @@ class Noise:
         """(S,) or (B, S) int64, positions of the keys that attention sees; None where they are 0 to S - 1."""
         self.ranges: dict[str, Range] = {}
         """What is tracked or learned, under its name in checkpoints."""
+        self.in_attention = False
+        """Whether effects act on the products of attention."""
         self._effects: list[Effect] = []
         self._phase = TRAINING
         self._strength = 1.0
@@ -104,6 +106,11 @@ class Noise:
         for range_ in self.ranges.values():
             range_.reset()
 
+    @property
+    def here(self) -> dict[str, Range]:
+        """The ranges of layers that this process has: those of a pipeline's other stages stay on meta."""
+        return {name: range_ for name, range_ in self.ranges.items() if not range_.used.is_meta}
+
     def begin_step(self, step: int) -> None:
         """Set the strength of training step `step`, counted from 0; no backward may be outstanding."""
         if not self.warmup:
@@ -121,7 +128,7 @@ class Noise:
         Args:
             agree: takes (n,) float32, the largest values that this device has seen, to those of all devices.
         """
-        ranges = list(self.ranges.values())
+        ranges = list(self.here.values())
         if not ranges:
             return
         seen = agree(torch.cat([range_.seen for range_ in ranges]))
@@ -131,7 +138,7 @@ class Noise:
 
     def state(self) -> dict[str, Tensor]:
         """The ranges in use, as checkpoints keep them; loads write into these."""
-        return {f"{name}.range": range_.used for name, range_ in self.ranges.items()}
+        return {f"{name}.range": range_.used for name, range_ in self.here.items()}
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -9,6 +9,9 @@ share positions (the heads of attention, the partial sums of tiles) each has a l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -106,22 +109,19 @@ def first_chunks(span: Span, rows: int, device: torch.device) -> tuple[int | Ten
 
 def uniforms(operand: Operand, value: Tensor, key: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
     """A number of [0, 1) for every element of an operand, of its shape, float32 with 16 bits."""
-    return _drawn(_uniform_chunks, operand, value, key, context, tokens)
-
-
-def normals(operand: Operand, value: Tensor, key: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
-    """A standard normal number for every element of an operand, of its shape, float32."""
-    return _drawn(_normal_chunks, operand, value, key, context, tokens)
-
-
-def _drawn(draw, operand: Operand, value: Tensor, key: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
     span = operand.span(value)
     position, sample, step = operand.rows(value, context, tokens)
-    whole = operand.of_weight and not span.stride
-    rows = 1 if whole else value.numel() // max(1, value.shape[-1])
-    first, skip, skips = first_chunks(span, rows, value.device)
+    if not span.stride:  # rows of an activation, or a weight that is a single row
+        width = span.start + span.width
+        position, sample = position.expand_as(sample), sample.expand_as(position)
+        drawn = drawn_rows(key, position, sample, step, width, False)
+        return drawn[:, span.start :].reshape(value.shape)
+    first, skip, skips = first_chunks(span, len(value), value.device)
     words = words_of(key, -(-(skip + span.width) // CHUNK), position, sample, step, first)
-    return within(draw(words, value.device), span.width, skip, skips).reshape(value.shape)
+    return within(_uniform_chunks(words, value.device), span.width, skip, skips).reshape(value.shape)
+
+
+Draw: TypeAlias = Callable[[Tensor, Tensor, int, tuple[Tensor, Tensor, Tensor]], Tensor]
 
 
 def lane_uniforms(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -131,19 +131,33 @@ def lane_uniforms(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, T
         lanes: (...,) int64.
         place: position and sample, each of the shape of `lanes`, and the step.
     """
-    return _of_lanes(_uniform_chunks, key, lanes, width, place)
+    return _of_lanes(key, lanes, width, place, False)
 
 
 def lane_normals(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """As `normals`, for rows with a lane of their own: (..., width)."""
-    return _of_lanes(_normal_chunks, key, lanes, width, place)
+    """Standard normal numbers, float32, for rows with a lane of their own: (..., width)."""
+    return _of_lanes(key, lanes, width, place, True)
 
 
-def _of_lanes(draw, key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _of_lanes(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor], normal: bool) -> Tensor:
     position, sample, step = place
-    position = (position + lanes * LANE).flatten()
-    words = words_of(key, -(-width // CHUNK), position, sample.expand(lanes.shape).flatten(), step)
-    return within(draw(words, key.device), width, 0, None).unflatten(0, lanes.shape)
+    rows = (position + lanes * LANE).flatten(), sample.expand(lanes.shape).flatten()
+    return drawn_rows(key, *rows, step, width, normal).unflatten(0, lanes.shape)
+
+
+def drawn_rows(key: Tensor, position: Tensor, sample: Tensor, step: Tensor, width: int, normal: bool) -> Tensor:
+    """(rows, width) float32: the first `width` numbers of every row, uniform or normal.
+
+    Args:
+        position, sample: (rows,) int64.
+    """
+    draw = torch.ops.newcompute.drawn_rows if torch.compiler.is_compiling() else _drawn_rows
+    return draw(key, position, sample, step, width, normal)
+
+
+def _drawn_rows(key: Tensor, position: Tensor, sample: Tensor, step: Tensor, width: int, normal: bool) -> Tensor:
+    words = words_of(key, -(-width // CHUNK), position, sample, step)
+    return (_normal_chunks if normal else _uniform_chunks)(words, key.device).flatten(1)[:, :width].contiguous()
 
 
 def _uniform_chunks(words: Words, device: torch.device) -> Tensor:
@@ -158,12 +172,42 @@ def _normal_chunks(words: Words, device: torch.device) -> Tensor:
 
     Box and Muller (1958), of 24 bits of each word; no magnitude is above sqrt(2 ln 2^25) = 5.89.
     """
-    w0, w1, w2, w3 = (
-        (word >> 8).to(torch.float32) for word in words(torch.arange(CHUNK // 4, device=device)[:, None, None])
-    )
+    draws = words(torch.arange(CHUNK // 4, device=device)[:, None, None])
+    w0, w1, w2, w3 = ((word >> 8).to(torch.float32) for word in draws)
     drawn = []
     for of_radius, of_angle in ((w0, w1), (w2, w3)):
         radius = torch.sqrt(-2.0 * torch.log((of_radius + 0.5) * 2.0**-24))
         angle = of_angle * (2 * math.pi * 2.0**-24)
         drawn += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(drawn).flatten(0, 1).movedim(0, -1)
+
+
+# Inside compiled blocks an operation, whose body is compiled once for all layers: as a part of each block's graph the integer
+# arithmetic takes minutes to compile on CPU (docs/log.md).
+_library = torch.library.Library("newcompute", "FRAGMENT")
+_library.define(
+    "drawn_rows(Tensor key, Tensor position, Tensor sample, Tensor step, SymInt width, bool normal) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake(
+    "newcompute::drawn_rows",
+    lambda key, position, sample, step, width, normal: key.new_empty((len(position), width), dtype=torch.float32),
+    lib=_library,
+)
+_library.impl("drawn_rows", _drawn_rows, "CUDA")
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_drawn_rows, fullgraph=True, dynamic=True)
+
+
+def _drawn_rows_on_cpu(key: Tensor, position: Tensor, sample: Tensor, step: Tensor, width: int, normal: bool) -> Tensor:
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOGRAD), torch._dynamo.config.patch(recompile_limit=64):
+        return _compiled()(key, position, sample, step, width, normal)
+
+
+_library.impl("drawn_rows", _drawn_rows_on_cpu, "CPU")
+AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+AUTOGRAD = AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+"""Dispatch keys that a call from a forward has and one from a backward has not: excluded, so that both share compiled code."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from transforms.context import Noise
 from transforms.effect import Effect
 from transforms.noise import stream_key
-from transforms.operands import Operand, lane_normals, lane_uniforms, positions_and_samples
+from transforms.operands import Draw, Operand, lane_normals, lane_uniforms, positions_and_samples
 from transforms.quantise import QuantiseCode
 from transforms.ranges import Range
 from transforms.scales import Scaling
@@ -100,7 +100,7 @@ class ProductCode(Operand):
         found, kept = self.convert(acc, own, place)
         return found.to(acc.dtype), kept
 
-    def drawn(self, draw: Any, key: Tensor, lanes: Tensor, acc: Tensor, where: tuple) -> Tensor:
+    def drawn(self, draw: Draw, key: Tensor, lanes: Tensor, acc: Tensor, where: tuple) -> Tensor:
         """A number for each sum, in the columns that stand here."""
         whole = draw(key, lanes, self.first_column + acc.shape[-1], where)
         return whole[..., self.first_column :]
