@@ -51,8 +51,8 @@ def _language_table(rows: dict[str, Any], protocol: dict[str, Any]) -> Table:
     """One line per language: what it costs clean, and what the hardware adds."""
     table = Table(title=f"languages: {_windows(protocol)}", title_justify="left")
     table.add_column("language", overflow="fold")
-    for column in ("clean, bits per byte", "rise", "nats per token", "perplexity", "not finite", "tokens scored"):
-        table.add_column(column, justify="right")
+    for column in ("clean bits per byte", "rise", "nats per token", "perplexity", "not finite", "tokens"):
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for name, row in rows.items():
         cells = [
             _spread(row, "degradation", "{:+.2%}", "{:.2%}"),
