@@ -51,7 +51,9 @@ def _language_table(rows: dict[str, Any], protocol: dict[str, Any]) -> Table:
     """One line per language: what it costs clean, and what the hardware adds."""
     table = Table(title=f"languages: {_windows(protocol)}", title_justify="left")
     table.add_column("language", overflow="fold")
-    for column in ("clean bits per byte", "rise", "nats per token", "perplexity", "not finite", "tokens"):
+    broken = any(row["non_finite_chips"] for row in rows.values())
+    extra = ("not finite",) if broken else ()
+    for column in ("clean bits per byte", "rise", "nats per token", "perplexity", *extra, "tokens"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for name, row in rows.items():
         cells = [
@@ -59,9 +61,8 @@ def _language_table(rows: dict[str, Any], protocol: dict[str, Any]) -> Table:
             _spread(row, "nats_rise", "{:+.4f}", "{:.4f}"),
             _spread(row, "perplexity_ratio", "x {:.4g}", "{:.2g}"),
         ]
-        table.add_row(
-            name, _number(row["bits_per_byte_clean"]), *cells, str(row["non_finite_chips"]), f"{row['tokens']:,}"
-        )
+        cells += [str(row["non_finite_chips"])] if broken else []
+        table.add_row(name, _number(row["bits_per_byte_clean"]), *cells, f"{row['tokens']:,}")
     return table
 
 
