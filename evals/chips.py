@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evals.masked import MaskedProtocol
 from evals.models import EvalModel
 from evals.noise import NoisyModel
 from evals.tasks import evaluate_tasks
@@ -149,7 +150,7 @@ def text_over_chips(
     noisy: NoisyModel,
     trials: Trials,
     files: Sequence[Path],
-    protocol: Protocol,
+    protocol: Protocol | MaskedProtocol,
     batch_size: int = 8,
     clean: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -168,7 +169,7 @@ def text_over_chips(
         finite = [math.isfinite(row[file]["bits_per_byte"]) for row in rows]
         figures: dict[str, Any] = {}
         for name in ("perplexity", "bits_per_byte"):
-            figures |= _over_chips(name, [row[file][name] for row in rows], finite) | {f"{name}_clean": clean_row[name]}
+            figures |= over_chips(name, [row[file][name] for row in rows], finite) | {f"{name}_clean": clean_row[name]}
         results[file] = figures | {"non_finite_chips": finite.count(False), "tokens": clean_row["tokens"]}
     return results
 
@@ -196,12 +197,12 @@ def tasks_over_chips(
             figures: dict[str, Any] = {}
             for metric, value in metrics.items():
                 values = [found[name][metric] for found, _ in trial]
-                figures |= _over_chips(metric, values, [finite for _, finite in trial]) | {f"{metric}_clean": value}
+                figures |= over_chips(metric, values, [finite for _, finite in trial]) | {f"{metric}_clean": value}
             results[name] = figures | {"non_finite_chips": sum(not finite for _, finite in trial)}
     return results
 
 
-def _over_chips(name: str, values: Sequence[float], finite: Sequence[bool]) -> dict[str, Any]:
+def over_chips(name: str, values: Sequence[float], finite: Sequence[bool]) -> dict[str, Any]:
     """Mean and sample standard deviation over the finite chips, None where these are too few, and the list."""
     listed = [value if good and math.isfinite(value) else None for value, good in zip(values, finite)]
     kept = [value for value in listed if value is not None]

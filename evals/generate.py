@@ -16,8 +16,10 @@ def generate(model: EvalModel, prompt: str, max_new_tokens: int, temperature: fl
     The tokenizer puts its usual first token before the prompt; an empty prompt starts from BOS (or EOS) alone.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has neither BOS nor EOS.
+        ValueError: the prompt is empty and the tokenizer has neither BOS nor EOS, or the model is an encoder.
     """
+    if model.masked:
+        raise ValueError(f"{model.name} is a masked encoder: it fills in tokens and continues no text")
     tokenizer = model.tokenizer
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if not ids:

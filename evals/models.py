@@ -16,11 +16,22 @@ from safetensors import SafetensorError
 for _noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 
 from models.hf import no_safetensors  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
+
+MAX_DEFAULT_CONTEXT = 512
+"""Tokens of a window of text unless told otherwise, of models made for more."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,15 @@ class EvalModel:
     """What evaluations work on."""
 
     model: Any
-    """A transformers causal language model in eval mode, on its device."""
+    """A transformers language model in eval mode, on its device."""
     tokenizer: Any
     """Its AutoTokenizer."""
     context: int
     """Longest sequence it was made for, in tokens."""
     name: str
     """The path it came from, with the step of a checkpoint."""
+    masked: bool = False
+    """An encoder that fills in masked tokens (BERT), not a decoder that continues a text."""
 
 
 def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> EvalModel:
@@ -50,6 +63,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
     """
     place = choose_device(device)
     path = Path(reference)
+    masked = False
     if is_run_or_checkpoint(path):
         trained = open_trained(path)
         model, tokenizer = _from_run(trained)
@@ -62,7 +76,11 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             _check_folder(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
         try:
-            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True, **trust)
+            masked = is_masked(AutoConfig.from_pretrained(reference, **trust))
+            kind_of_model = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+            model, loaded = kind_of_model.from_pretrained(
+                reference, dtype="auto", use_safetensors=True, output_loading_info=True, **trust
+            )
             tokenizer = AutoTokenizer.from_pretrained(reference, **trust)
         except (OSError, ValueError, SafetensorError) as error:
             if "trust_remote_code" in str(error):
@@ -71,10 +89,50 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
                     "trust it give --trust-remote-code"
                 ) from error
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
+        _check_complete(model, loaded["missing_keys"], reference)
+        if masked and tokenizer.mask_token_id is None:
+            raise ValueError(f"{reference!r} is a masked language model, but its tokenizer has no mask token")
         kind = model.dtype if place.type == "cuda" else torch.float32
-        context, name = getattr(model.config, "max_position_embeddings", 2048), reference
+        context, name = _context(model), reference
     kind = kind if dtype == "auto" else getattr(torch, dtype)
-    return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name)
+    return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name, masked)
+
+
+def is_masked(config: Any) -> bool:
+    """Whether a transformers config is one of an encoder that fills in masked tokens.
+
+    Its architectures decide. Where they name neither kind of language model (`BertForPreTraining`, or none at all), an
+    encoder is taken for what it was pretrained as: transformers would also load it as a decoder, and give nonsense.
+    """
+    names = config.architectures or []
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return True
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return False
+    known = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type, "")
+    return known.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False)
+
+
+def _check_complete(model: Any, missing: Any, reference: str) -> None:
+    """
+    Raises:
+        ValueError: the files lack weights, which transformers has drawn at random, as the head of a bare encoder.
+    """
+    random = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if random:
+        raise ValueError(
+            f"{reference!r} has no weights for {', '.join(random[:3])}{' ...' if len(random) > 3 else ''}: as a "
+            f"{type(model).__name__} it would be evaluated with random ones"
+        )
+
+
+def _context(model: Any) -> int:
+    """Tokens that a model has positions for. Those of RoBERTa's kin come after the index of the pad token."""
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if isinstance(positions, torch.nn.Embedding) and positions.padding_idx is not None:
+            return positions.num_embeddings - positions.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", 2048)
 
 
 def _check_folder(folder: Path) -> None:

@@ -85,9 +85,15 @@ class NoisyModel:
 
     Raises:
         TransformError: a transform does not fit the model, which is as before then.
+        ValueError: the model computes in a way that bypasses its linear layers.
     """
 
     def __init__(self, model: Any, specs: Sequence[BitflipSpec | LoraSpec], seed: int):
+        if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
+            raise ValueError(
+                "BLOOM with slow_but_exact multiplies slices of its weights in a way of its own and would bypass the "
+                "transforms: set slow_but_exact to false in its config.json"
+            )
         self.model = model
         self.noise = apply(model, specs, seed)
         model.to(model.device)  # the effects' tables

@@ -19,6 +19,11 @@ def print_results(result: dict[str, Any]) -> None:
         console.print(line, highlight=False, markup=False)
     if "mode" in result:
         console.print(_hardware(result), highlight=False, markup=False)
+    if result.get("languages"):
+        from evals.languages import describe
+
+        console.print(_language_table(result["languages"], result["protocol"]))
+        console.print(describe(result["disparity"]), highlight=False, markup=False)
     if result["text"]:
         console.print(_text_table(result["text"], result["protocol"], bool(over_chips)))
     if result["tasks"]:
@@ -35,9 +40,41 @@ def _hardware(result: dict[str, Any]) -> str:
     return f"mean ± standard deviation over {result['chips']} chips, from chip {result['first_chip']} on; {seed}"
 
 
+def _windows(protocol: dict[str, Any]) -> str:
+    """How texts were read."""
+    if "mask_every" in protocol:
+        return f"windows of {protocol['context']} tokens, every {protocol['mask_every']}th masked at a time"
+    return f"windows of {protocol['context']} tokens, stride {protocol['stride']}, first token unscored, no BOS"
+
+
+def _language_table(rows: dict[str, Any], protocol: dict[str, Any]) -> Table:
+    """One line per language: what it costs clean, and what the hardware adds."""
+    table = Table(title=f"languages: {_windows(protocol)}", title_justify="left")
+    table.add_column("language", overflow="fold")
+    broken = any(row["non_finite_chips"] for row in rows.values())
+    extra = ("not finite",) if broken else ()
+    for column in ("clean bits per byte", "rise", "nats per token", "perplexity", *extra, "tokens"):
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    for name, row in rows.items():
+        cells = [
+            _spread(row, "degradation", "{:+.2%}", "{:.2%}"),
+            _spread(row, "nats_rise", "{:+.4f}", "{:.4f}"),
+            _spread(row, "perplexity_ratio", "x {:.4g}", "{:.2g}"),
+        ]
+        cells += [str(row["non_finite_chips"])] if broken else []
+        table.add_row(name, _number(row["bits_per_byte_clean"]), *cells, f"{row['tokens']:,}")
+    return table
+
+
+def _spread(row: dict[str, Any], name: str, of_mean: str, of_spread: str) -> str:
+    if row[name] is None:
+        return "-"
+    spread = "" if row[f"{name}_std"] is None else f" ± {of_spread.format(row[f'{name}_std'])}"
+    return of_mean.format(row[name]) + spread
+
+
 def _text_table(rows: dict[str, Any], protocol: dict[str, Any], over_chips: bool) -> Table:
-    title = f"text: windows of {protocol['context']} tokens, stride {protocol['stride']}, first token unscored, no BOS"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"text: {_windows(protocol)}", title_justify="left")
     table.add_column("file", overflow="fold")
     columns = ("perplexity", "bits per byte", "tokens scored")
     for column in ("figure", "mean", "± std", "clean", "not finite", "tokens scored") if over_chips else columns:

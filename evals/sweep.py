@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.chips import TransformList, Trials, record, text_over_chips
+from evals.masked import MaskedProtocol
 from evals.models import EvalModel
 from evals.text import Protocol, evaluate_text
 from transforms.specs import BitflipSpec, CellFaults
@@ -33,7 +34,7 @@ def sweep(
     text: Path,
     probabilities: Sequence[float],
     trials: Trials,
-    protocol: Protocol,
+    protocol: Protocol | MaskedProtocol,
     batch_size: int = 8,
     seed: int | None = None,
     say: Callable[[str], None] = print,

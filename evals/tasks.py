@@ -28,8 +28,10 @@ def evaluate_tasks(
         trust_remote_code: let a task fetch a metric from the Hub, which is Python code; lm-eval's own metrics need none.
 
     Raises:
-        ValueError: a task is not known, or needs code from the Hub that was not allowed.
+        ValueError: a task is not known, or needs code from the Hub that was not allowed; or the model is an encoder.
     """
+    if model.masked:
+        raise ValueError(f"--tasks: {model.name} is a masked encoder, and lm-eval's tasks continue a text")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

@@ -2,8 +2,9 @@
 
 Default protocol: the text's tokens, without BOS, in windows that do not overlap, as long as the model's context but at
 most 512; the first token of each window is not scored. With a stride shorter than the window, windows overlap and each
-token is scored once, behind as much context as there is. The protocol is recorded with the result: perplexities of
-different protocols or tokenizers cannot be compared, bits per byte of different tokenizers can.
+token is scored once, behind as much context as there is. Masked encoders have a protocol of their own, in
+`evals/masked.py`. The protocol is recorded with the result: perplexities of different protocols or tokenizers cannot be
+compared, bits per byte of different tokenizers can.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.models import EvalModel
-
-MAX_DEFAULT_CONTEXT = 512
+from evals.masked import MaskedProtocol, choose_masked_protocol, pseudo_log_likelihood, surroundings
+from evals.models import MAX_DEFAULT_CONTEXT, EvalModel
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,23 @@ def choose_protocol(model_context: int, context: int | None, stride: int | None)
     if not 1 <= stride <= context:
         raise ValueError(f"--stride {stride}: expected 1 to --context {context}")
     return Protocol(context, stride)
+
+
+def protocol_for(
+    model: EvalModel, context: int | None, stride: int | None, mask_every: int | None
+) -> Protocol | MaskedProtocol:
+    """The protocol of a model's kind, with what the command line gives.
+
+    Raises:
+        ValueError: an option that is out of range, or that belongs to the other kind of model.
+    """
+    if model.masked:
+        if stride is not None:
+            raise ValueError("--stride: the windows of a masked encoder do not overlap, its tokens see both sides")
+        return choose_masked_protocol(model, context, mask_every)
+    if mask_every is not None:
+        raise ValueError(f"--mask-every: {model.name} is a decoder, nothing in its text is masked")
+    return choose_protocol(model.context, context, stride)
 
 
 def windows(num_tokens: int, protocol: Protocol) -> Iterator[tuple[int, int, int]]:
@@ -93,7 +110,9 @@ def negative_log_likelihood(
     return float(total), count
 
 
-def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, batch_size: int = 8) -> dict[str, Any]:
+def evaluate_text(
+    model: EvalModel, files: Sequence[Path], protocol: Protocol | MaskedProtocol, batch_size: int = 8
+) -> dict[str, Any]:
     """{file: {"perplexity", "bits_per_byte", "tokens"}} with the number of scored tokens.
 
     Bits per byte are nats per scored token, times tokens per byte of the whole file, over ln 2.
@@ -101,6 +120,12 @@ def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, b
     Raises:
         ValueError: a file cannot be read or is shorter than two tokens.
     """
+    if model.masked != isinstance(protocol, MaskedProtocol):
+        raise ValueError(f"{model.name}: {type(protocol).__name__} is not the protocol of this kind of model")
+
+    def logits_of(rows: Tensor) -> Tensor:
+        return model.model(rows).logits
+
     results: dict[str, Any] = {}
     for file in files:
         try:
@@ -111,8 +136,12 @@ def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, b
         encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor(encoded, dtype=torch.int64, device=model.model.device)
         if len(ids) < 2:
-            raise ValueError(f"--text {file}: the text has {len(ids)} tokens, at least 2 are needed")
-        nats, scored = negative_log_likelihood(lambda rows: model.model(rows).logits, ids, protocol, batch_size)
+            raise ValueError(f"{file}: the text has {len(ids)} tokens, at least 2 are needed")
+        if isinstance(protocol, MaskedProtocol):
+            place = surroundings(model.tokenizer, ids.device)
+            nats, scored = pseudo_log_likelihood(logits_of, ids, protocol, place, batch_size)
+        else:
+            nats, scored = negative_log_likelihood(logits_of, ids, protocol, batch_size)
         per_token = nats / scored
         results[str(file)] = {
             "perplexity": math.exp(min(per_token, 700.0)),
@@ -122,5 +151,5 @@ def evaluate_text(model: EvalModel, files: Sequence[Path], protocol: Protocol, b
     return results
 
 
-def protocol_record(protocol: Protocol) -> dict[str, Any]:
+def protocol_record(protocol: Protocol | MaskedProtocol) -> dict[str, Any]:
     return asdict(protocol)

@@ -118,6 +118,14 @@ def _eval_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="perplexity and bits per byte of text files, and lm-eval tasks")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files")
+    parser.add_argument(
+        "--language",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="text in one language, as in de=german.txt; repeatable: what the transforms do to each, and the disparity",
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="with --language: draw the damage to each")
     parser.add_argument("--tasks", default="", metavar="A,B", help="lm-eval tasks, by name or YAML file")
     parser.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval task definitions")
     parser.add_argument("--limit", type=_positive, help="examples per task")
@@ -164,6 +172,12 @@ def _forward_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=_positive, help="tokens per window (default: the model's context, at most 512)"
     )
     parser.add_argument("--stride", type=_positive, help="tokens between windows (default: the context, no overlap)")
+    parser.add_argument(
+        "--mask-every",
+        type=_positive,
+        metavar="K",
+        help="masked encoders: mask every K-th token at a time, in K passes (default 7)",
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -274,31 +288,36 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    if not options.text and not options.tasks:
-        raise ValueError("nothing to evaluate: give --text FILE or --tasks NAME")
+    if not options.text and not options.tasks and not options.language:
+        raise ValueError("nothing to evaluate: give --text FILE, --language NAME=FILE or --tasks NAME")
     _refuse_noise_options(options)
+    texts = _languages(options)
     from evals.models import load_model
     from evals.results import print_results
 
     if options.out:
         _check_writable(Path(options.out))
     if options.transforms:
-        result = _eval_under_transforms(options)
+        result = _eval_under_transforms(options, texts)
     else:
         model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
         result = {"model": model.name, "transforms": [], **_eval_clean(options, model)}
     print_results(result)
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        from evals.languages import draw
+
+        draw(result, Path(options.plot))
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, option: str = "--out") -> None:
     """Refuse a result file before the work rather than after it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
-        raise ValueError(f"--out {out}: this is a folder, expected a file name")
+        raise ValueError(f"{option} {out}: this is a folder, expected a file name")
     if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: not writable")
+        raise ValueError(f"{option} {out}: not writable")
 
 
 def _refuse_noise_options(options: argparse.Namespace) -> None:
@@ -317,9 +336,9 @@ def _refuse_noise_options(options: argparse.Namespace) -> None:
 def _eval_clean(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"text": {}, "tasks": {}}
     if options.text:
-        from evals.text import choose_protocol, evaluate_text, protocol_record
+        from evals.text import evaluate_text, protocol_record
 
-        protocol = choose_protocol(model.context, options.context, options.stride)
+        protocol = _protocol(options, model)
         result["text"] = evaluate_text(model, [Path(file) for file in options.text], protocol, options.batch_size)
         result["protocol"] = protocol_record(protocol)
     if options.tasks:
@@ -336,10 +355,10 @@ def _eval_clean(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     return result
 
 
-def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
+def _eval_under_transforms(options: argparse.Namespace, texts: dict[str, Path]) -> dict[str, Any]:
     from evals.chips import read_transforms, record, tasks_over_chips, text_over_chips
     from evals.models import load_model
-    from evals.text import choose_protocol, protocol_record
+    from evals.text import protocol_record
 
     transforms = read_transforms(options.transforms, options.model)  # refused before the model is loaded
     model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
@@ -350,16 +369,46 @@ def _eval_under_transforms(options: argparse.Namespace) -> dict[str, Any]:
         with noisy.clean():
             return result | _eval_clean(options, model)
     result |= {"text": {}, "tasks": {}}
+    if options.text or texts:
+        protocol = _protocol(options, model)
+        result["protocol"] = protocol_record(protocol)
+    if texts:
+        from evals.languages import languages_over_chips
+
+        result |= languages_over_chips(model, noisy, trials, texts, protocol, options.batch_size)
     if options.text:
         files = [Path(file) for file in options.text]
-        protocol = choose_protocol(model.context, options.context, options.stride)
         result["text"] = text_over_chips(model, noisy, trials, files, protocol, options.batch_size)
-        result["protocol"] = protocol_record(protocol)
     if options.tasks:
         names = ("include_path", "limit", "batch_size", "trust_remote_code")
         how = {name: getattr(options, name) for name in names}
         result["tasks"] = tasks_over_chips(model, noisy, trials, _names(options.tasks), **how)
     return result
+
+
+def _protocol(options: argparse.Namespace, model: Any) -> Any:
+    from evals.text import protocol_for
+
+    return protocol_for(model, options.context, options.stride, options.mask_every)
+
+
+def _languages(options: argparse.Namespace) -> dict[str, Path]:
+    """The text of each language, where there are any."""
+    if options.plot and not options.language:
+        raise ValueError("--plot draws what --language NAME=FILE measures: there are no languages")
+    if not options.language:
+        return {}
+    if not options.transforms or options.mode == "clean":
+        raise ValueError(
+            "--language compares a model under hardware effects with the same model clean: give --transforms FILE.toml, "
+            "and no --mode clean; for clean figures give --text FILE"
+        )
+    from evals.languages import check_plot, read_languages
+
+    if options.plot:
+        check_plot(Path(options.plot))
+        _check_writable(Path(options.plot), "--plot")
+    return read_languages(options.language)
 
 
 def _trials(options: argparse.Namespace) -> Any:
@@ -378,7 +427,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from evals.chips import read_transforms
     from evals.models import load_model
     from evals.sweep import draw, read_probabilities, sweep
-    from evals.text import choose_protocol, protocol_record
+    from evals.text import protocol_record
 
     out = Path(options.out)
     if out.suffix == ".png":
@@ -387,7 +436,7 @@ def _sweep(options: argparse.Namespace) -> None:
     probabilities = read_probabilities(options.probabilities)
     transforms = read_transforms(options.transforms, options.model)
     model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-    protocol = choose_protocol(model.context, options.context, options.stride)
+    protocol = _protocol(options, model)
     trials = _trials(options)
     seed = options.noise_seed
     found = sweep(model, transforms, Path(options.text), probabilities, trials, protocol, options.batch_size, seed)
