@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,9 +42,20 @@ class TransformList:
 
         Raises:
             ConfigError: a transform does not fit the model; the model is as before then.
+            ValueError: the model is packed already.
         """
-        try:
+        if getattr(model.model, "is_quantized", False):
+            raise ValueError(
+                f"{model.name} holds packed weights, which transforms cannot act on: name the model that it was made from"
+            )
+        with self.blamed():
             return NoisyModel(model.model, self.specs, self.seed if seed is None else seed)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Turns a TransformError into a ConfigError that says in which file the transform stands."""
+        try:
+            yield
         except TransformError as error:
             spec, origin = self.specs[error.index], self.origins[error.index]
             key = f"transforms.{error.index}.modules"

@@ -61,8 +61,12 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         if path.is_dir():
             _check_folder(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
+        # Packed layers compute in the type that they are loaded in, and some cannot change it later.
+        wanted = "auto" if dtype == "auto" and place.type == "cuda" else _named(dtype, torch.float32)
         try:
-            model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True, **trust)
+            model = AutoModelForCausalLM.from_pretrained(
+                reference, dtype=wanted, use_safetensors=True, **_placement(path, place), **trust
+            )
             tokenizer = AutoTokenizer.from_pretrained(reference, **trust)
         except (OSError, ValueError, SafetensorError) as error:
             if "trust_remote_code" in str(error):
@@ -73,8 +77,22 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = getattr(model.config, "max_position_embeddings", 2048), reference
-    kind = kind if dtype == "auto" else getattr(torch, dtype)
+    kind = _named(dtype, kind)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name)
+
+
+def _named(dtype: str, auto: torch.dtype) -> torch.dtype:
+    return auto if dtype == "auto" else getattr(torch, dtype)
+
+
+def _placement(path: Path, place: torch.device) -> dict[str, Any]:
+    """Where transformers has to be told: packed weights in the metal layout go to an Apple GPU otherwise."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {"device_map": place} if config["quantization_config"]["quant_method"] == "metal" else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}  # what is wrong with the file, transformers says
 
 
 def _check_folder(folder: Path) -> None:

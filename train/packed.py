@@ -1,13 +1,15 @@
 """Quantised weights as files that transformers loads by itself: integers of few bits and their scales.
 
-Two layouts, chosen so that the loaded model multiplies what the evaluated one does:
+Three layouts, chosen so that the loaded model multiplies what the evaluated one does:
 
     bitnet   ternary weights, four to a byte, and inputs rounded to int8 per token: the `BitLinear` of transformers
     torchao  integers of 2 to 8 bits, one to a byte, inputs as they are: torchao's tensor subclasses in safetensors
+    metal    integers of 2, 4 or 8 bits, as many to a byte as fit, inputs as they are: transformers' format of the MLX
+             kernels, which anything but an Apple GPU turns into plain weights when it loads them
 
 The codes written are the caller's own. torchao is not asked to quantise: its symmetric mapping divides the range of
 int8 by 255/2 where the usual formula has 127, and would give other codes. For the same reason its int8 inputs (scale
-max|x| / 127.5 per token) are not offered. Its layouts with two codes to a byte hold no float32 scales or run on GPUs only.
+max|x| / 127.5 per token) are not offered. Its own layouts of two codes to a byte run on GPUs or XPUs only.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from torch import Tensor
 
 from models.hf import SHARD_BYTES, write_files, write_json
 
-BITNET, TORCHAO = "bitnet", "torchao"
+BITNET, TORCHAO, METAL = "bitnet", "torchao", "metal"
 PER_BYTE = 4
 """Ternary codes in a byte of the bitnet layout."""
+METAL_BITS = (2, 4, 8)
+METAL_GROUPS = (128, 64, 32)
+"""Group sizes of the MLX kernels."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Layout:
     """How packed layers are stored and what else they do to their input."""
 
     name: str
-    """ "bitnet" or "torchao"."""
+    """ "bitnet", "torchao" or "metal"."""
     norm_eps: float | None = None
     """bitnet: epsilon of an RMS norm of the input before it is rounded; None for no norm."""
 
@@ -93,6 +98,11 @@ def write_packed(
         config = _bitnet_config(layout, other_layers)
         for name, packed in layers.items():
             stored |= _bitnet_tensors(name, packed, layout, stored.pop(f"{name}.weight").dtype)
+    elif layout.name == METAL:
+        config = _metal_config(layers, other_layers)
+        for name, packed in layers.items():
+            dtype = stored[f"{name}.weight"].dtype
+            stored |= _metal_tensors(name, packed, config["bits"], config["group_size"], dtype)
     else:
         config = _torchao_config(layers, other_layers)
         for name, packed in layers.items():
@@ -161,6 +171,33 @@ def _bitnet_config(layout: Layout, other_layers: list[str]) -> dict[str, Any]:
         "use_rms_norm": layout.norm_eps is not None,
     }
     return config if layout.norm_eps is None else config | {"rms_norm_eps": layout.norm_eps}
+
+
+def _metal_config(layers: Mapping[str, PackedWeight], other_layers: list[str]) -> dict[str, Any]:
+    """The format has one width and one group size for all layers."""
+    bits = min(n for n in METAL_BITS if n >= max(packed.bits for packed in layers.values()))
+    fitting = [n for n in METAL_GROUPS if all(packed.block[1] % n == 0 for packed in layers.values())]
+    if not fitting:
+        columns = sorted({packed.block[1] for packed in layers.values()})
+        raise ValueError(
+            f"scales are shared by {', '.join(map(str, columns))} inputs: the metal layout has groups of "
+            f"{', '.join(map(str, METAL_GROUPS))}, one of which has to divide these; take --packed torchao"
+        )
+    return {
+        "quant_method": "metal",
+        "bits": bits,
+        "group_size": fitting[0],
+        "modules_to_not_convert": other_layers,
+    }
+
+
+def _metal_tensors(name: str, packed: PackedWeight, bits: int, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W = scale * unsigned code + offset by groups; 32 / bits codes to a word, the first in the lowest bits."""
+    zero = 1 << (bits - 1)
+    codes = (packed.codes.long() + zero).unflatten(1, (-1, 32 // bits))
+    words = (codes << (bits * torch.arange(32 // bits))).sum(-1)
+    scale = _row_scales(packed).repeat_interleave(packed.block[1] // group, 1).to(dtype)
+    return {f"{name}.weight": words.to(torch.uint32), f"{name}.scales": scale, f"{name}.qbiases": -zero * scale}
 
 
 def torchao_weight(packed: PackedWeight, dtype: torch.dtype) -> Tensor:

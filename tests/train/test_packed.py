@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.packed import BITNET, TORCHAO, Layout, PackedWeight, pack_ternary, write_packed
+from train.packed import BITNET, METAL, TORCHAO, Layout, PackedWeight, pack_ternary, write_packed
 
 LOAD = """
 import sys
@@ -30,7 +30,9 @@ from transformers import AutoModelForCausalLM
 tokens = load_file(sys.argv[1])['tokens']
 logits = {}
 for folder in sys.argv[3:]:
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    # The metal layout asks for an Apple GPU unless told otherwise.
+    place = {'device_map': 'cpu'} if '"metal"' in open(folder + '/config.json').read() else {}
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **place)
     problems = {name: found for name, found in report.items() if found}
     assert not problems, (folder, problems)
     with torch.no_grad():
@@ -61,6 +63,10 @@ CASES = {
     "ternary, inputs as they are": Case("ternary tensor"),
     "output head too": Case("int8 row", left_out=()),
     "several kinds": Case("int8 row, int4 group 32, ternary tensor"),
+    "int4, two to a byte": Case("int4 group 32", Layout(METAL)),
+    "int4 per row, two to a byte": Case("int4 row", Layout(METAL)),
+    "ternary, four to a byte": Case("ternary tensor", Layout(METAL)),
+    "int8 and int4 in one width": Case("int8 row, int4 tensor", Layout(METAL)),
     "bitnet": Case("ternary tensor", Layout(BITNET)),
     "bitnet with norm": Case("ternary tensor", Layout(BITNET, norm_eps=1e-5)),
     "bitnet in part": Case("ternary tensor", Layout(BITNET), ("lm_head", "model.layers.1.mlp.up_proj")),
@@ -185,6 +191,7 @@ def test_transformers_alone_gives_the_logits_of_the_fake_quantised_model(name, r
 
 def test_files_hold_the_codes_and_nothing_that_is_pickled(model, tmp_path):
     write_case(model, CASES["int4 per group of 32"], tmp_path / "int4")
+    write_case(model, CASES["int4, two to a byte"], tmp_path / "halves")
     write_case(model, CASES["bitnet"], tmp_path / "bitnet")
     assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json", ".safetensors"}
     name = "model.layers.1.mlp.down_proj"
@@ -193,6 +200,8 @@ def test_files_hold_the_codes_and_nothing_that_is_pickled(model, tmp_path):
     codes, _, scales, _ = reference_codes(weight, "int4 group 32")
     assert torch.equal(stored[f"{name}._weight_qdata"], codes.to(torch.int8))
     assert torch.equal(stored[f"{name}._weight_scale"], scales)
+    stored = load_file(tmp_path / "halves" / "model.safetensors")
+    assert stored[f"{name}.weight"].numel() * 8 == weight.numel()  # of 32 bits
     stored = load_file(tmp_path / "bitnet" / "model.safetensors")
     assert stored[f"{name}.weight"].dtype == torch.uint8
     assert stored[f"{name}.weight"].numel() * 4 == weight.numel()
@@ -240,6 +249,9 @@ def test_bad_shapes_are_refused(tmp_path):
     per_row = PackedWeight(torch.zeros(8, 8, dtype=torch.int8), torch.ones(8, 1), 2)
     with pytest.raises(ValueError, match="one scale per tensor"):
         write_packed(tmp_path, {"k_proj.weight": torch.zeros(8, 8)}, {"k_proj": per_row}, [], Layout(BITNET))
+    groups = PackedWeight(torch.zeros(8, 48, dtype=torch.int8), torch.ones(8, 1), 4)
+    with pytest.raises(ValueError, match="scales are shared by 48 inputs: the metal layout has groups of 128, 64, 32"):
+        write_packed(tmp_path, {"k_proj.weight": torch.zeros(8, 48)}, {"k_proj": groups}, [], Layout(METAL))
     for codes, scale in ((torch.zeros(8, 40), (8, 3)), (torch.zeros(8, 40), (3, 1)), (torch.zeros(8), (8, 1))):
         with pytest.raises(ValueError, match="equal blocks"):
             PackedWeight(codes.to(torch.int8), torch.ones(scale), 4)
