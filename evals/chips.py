@@ -18,7 +18,7 @@ from evals.text import Protocol, evaluate_text
 from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
 from train.export import PROVENANCE, is_run_or_checkpoint, open_trained
 from transforms.apply import TransformError, table
-from transforms.specs import BitflipSpec
+from transforms.specs import BitflipSpec, LoraSpec
 
 OF_THE_RUN = "run"
 """The word that stands for the transforms a model was trained with."""
@@ -93,7 +93,7 @@ def _validated(sources: Sources) -> TransformList:
     config, _ = validate(sources)
     kept = []
     for i, spec in enumerate(config.transforms):
-        if isinstance(spec, BitflipSpec):
+        if not isinstance(spec, LoraSpec):
             kept.append(spec)
         else:
             message = "adapters are weights: they come with the model, and an evaluation has none to train"

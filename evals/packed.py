@@ -54,6 +54,7 @@ def export_packed(
     model = loaded.model
     noisy = transforms.attach(loaded)
     noisy.chip(0)
+    noisy.noise.begin(0, 0, torch.device("cpu"))  # weights are looked at without a forward
     layers = {name: packed_weight(name, layer) for name, layer in model.named_modules() if is_transformed(layer)}
     noisy.detach()
     others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
