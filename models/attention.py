@@ -42,6 +42,10 @@ class CausalAttention(nn.Module):
         self.grouped = grouped
 
     def forward(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask | None = None) -> Tensor:
+        return self.products(q_BHTE, k_BKSE, v_BKSE, mask)
+
+    def products(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask | None) -> Tensor:
+        """The two products and the softmax between them, of what is there; hardware effects replace this."""
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             return flex(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=self.grouped)

@@ -23,11 +23,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from transforms.bitflip import Bitflip, bit_probabilities
+from transforms.attention import TransformedAttention, transformed_attention
 from transforms.context import Noise
+from transforms.describe import describe
+from transforms.devices import DeviceError, Site, Stages, attention_stages, stages
 from transforms.linear import Plan, TransformedLinear, TransformedOutput, transformed_linear
 from transforms.lora import LowRank
-from transforms.specs import BitflipSpec, CellFaults, LoraSpec
+from transforms.product import ProductCode
+from transforms.specs import Hardware, LoraSpec
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
@@ -47,11 +50,16 @@ class Applied:
 
     kind: str
     layers: list[str]
+    attentions: list[str]
+    """Whose products it acts on."""
     parameters: str
 
 
-def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) -> Noise:
+def apply(model: nn.Module, specs: Sequence[Hardware | LoraSpec], seed: int, warmup: int = 0) -> Noise:
     """Put the transforms on a model's layers, in the order given but adapters first, and return their shared state.
+
+    Args:
+        warmup: training steps over which effects grow to their full strength.
 
     The effects' tables are made on the CPU (or on meta, where that is the default device): move the model, call
     `Noise.fill` where `to_empty` has moved it, and `Noise.begin` before each forward.
@@ -62,7 +70,8 @@ def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) 
     if specs and any(is_transformed(module) for module in model.modules()):
         raise TransformError("the model is transformed already: call transforms.apply.remove first", 0)
     matched = [match(model, spec, index) for index, spec in enumerate(specs)]
-    noise = Noise(seed)
+    attentions = [match_attention(model, spec, index) for index, spec in enumerate(specs)]
+    noise = Noise(seed, warmup)
     in_order = sorted(range(len(specs)), key=lambda index: specs[index].kind != "lora")
     for index in in_order:
         spec = specs[index]
@@ -74,14 +83,21 @@ def apply(model: nn.Module, specs: Sequence[BitflipSpec | LoraSpec], seed: int) 
         spec, layers = specs[index], matched[index]
         stream = str(hardware) if hardware else ""
         hardware += spec.kind != "lora"
-        for name, layer in layers:
-            _transform(layer, name, spec, noise, stream)
-        noise.applied.append(Applied(spec.kind, [name for name, _ in layers], _parameters(spec)))
+        try:
+            for name, layer in layers:
+                _transform(layer, name, spec, noise, stream)
+            for name, attention in attentions[index]:
+                _transform_attention(attention, name, spec, noise, stream)
+        except DeviceError as error:
+            remove(model)
+            raise TransformError(str(error), index) from error
+        names = [name for name, _ in layers]
+        noise.applied.append(Applied(spec.kind, names, [name for name, _ in attentions[index]], describe(spec)))
     noise.fill()
     return noise
 
 
-def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
+def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
     """The (Hugging Face name, layer) pairs that a transform is for.
 
     Raises:
@@ -121,10 +137,48 @@ def match(model: nn.Module, spec: BitflipSpec | LoraSpec, index: int = 0) -> lis
     return list(found.items())
 
 
+def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
+    """The (Hugging Face name, attention) pairs whose products a transform is for: in the blocks where it acts.
+
+    Raises:
+        TransformError: this model's attention cannot be reached.
+    """
+    if not getattr(spec, "attention", None):
+        return []
+    found = {}
+    for name, module in model.named_modules():
+        name = _WRAPPERS.sub("", name)
+        if hasattr(type(module), "products"):
+            found[name.rpartition(".")[0]] = module
+        elif hasattr(module, "is_causal") and _NUMBERED.search(name):
+            found[name] = module
+    named = [re.compile(p[3:] if p.startswith("re:") else fnmatch.translate(p)) for p in spec.modules]
+    if named:
+        found = {name: m for name, m in found.items() if any(pattern.fullmatch(name) for pattern in named)}
+    elif not found or not reaches_attention(model):
+        raise TransformError(
+            "this model's attention has no port for effects on its products: set attention = false", index
+        )
+    for name, module in found.items():
+        if hasattr(module, "attention_effects"):
+            raise TransformError(f"{name}: the products of attention can have one transform only", index)
+    return list(found.items())
+
+
+def reaches_attention(model: nn.Module) -> bool:
+    """Whether a model's attention products can be replaced: ours, and those of transformers that use its registry."""
+    return not hasattr(model, "config") or getattr(model, "_supports_attention_backend", False)
+
+
 def remove(model: nn.Module) -> None:
     """Take all transforms off again: the stored weights stay, adapters are dropped, what they froze stays frozen."""
     for module in model.modules():
-        if is_transformed(module):
+        if hasattr(module, "attention_effects"):
+            if hasattr(type(module), "base_of_transformed"):
+                module.__class__ = type(module).base_of_transformed
+            del module.attention_effects
+            del module.noise
+        elif is_transformed(module):
             module.__class__ = type(module).base_of_transformed
             if is_parametrized(module):
                 weight = module.parametrizations.weight.original
@@ -132,7 +186,7 @@ def remove(model: nn.Module) -> None:
                 others = dict(module._parameters)
                 module._parameters.clear()
                 module._parameters |= {"weight": weight, **others}  # in the order of before
-            for name in ("input_effects", "output_effects", "noise", "plan", "clean_plan"):
+            for name in ("input_effects", "output_effects", "product", "exact", "noise", "plan", "clean_plan"):
                 delattr(module, name)
 
 
@@ -148,43 +202,85 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _base(module).__name__ == "Conv1D"
 
 
-def _transform(layer: Any, name: str, spec: BitflipSpec | LoraSpec, noise: Noise, stream: str) -> None:
+def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, stream: str) -> None:
     """Add one transform to one layer."""
-    if not is_transformed(layer):
-        layer.input_effects, layer.output_effects = nn.ModuleList(), nn.ModuleList()
-        layer.noise = noise
     base = _base(layer)
     transposed = base.__name__ == "Conv1D"
     if isinstance(spec, LoraSpec):
-        weight = layer.weight
-        _on_weight(layer, LowRank(weight, spec.rank, spec.alpha, transposed))
+        found = Stages(weight=[LowRank(layer.weight, spec.rank, spec.alpha, transposed)])
     else:
-        first_row, first_column, columns = _window(layer)
-        windows = {"w": (first_row, first_column, columns), "x": (0, first_column, 0), "out": (0, first_row, 0)}
-        weight_effect = _bitflip(noise, f"{name}.weight", "w", spec, spec.weight, stream, windows["w"], transposed)
-        if weight_effect is not None:
-            _on_weight(layer, weight_effect)
-        for effects, role, faults in (
-            (layer.input_effects, "x", spec.input),
-            (layer.output_effects, "out", spec.output),
-        ):
-            effect = _bitflip(noise, name, role, spec, faults, stream, windows[role])
-            if effect is not None:
-                effects.append(effect)
+        found = stages(spec, _site(layer, name, noise, stream, transposed))
+    if not is_transformed(layer):
+        layer.input_effects, layer.output_effects, layer.product = nn.ModuleList(), nn.ModuleList(), None
+        layer.noise, layer.exact = noise, False
+    for effect in found.weight:
+        _on_weight(layer, effect)
+    layer.input_effects.extend(found.input)
+    layer.output_effects.extend(found.output)
+    if found.product is not None:
+        if layer.product is not None:
+            raise DeviceError(f"{name}: one analog product per layer is enough")
+        layer.product = found.product
+    layer.exact |= found.exact
     layer.__class__ = transformed_class(base, is_parametrized(layer))
     of_weight = list(layer.parametrizations.weight) if is_parametrized(layer) else []
-    layer.plan = _plan(of_weight, layer.input_effects, transposed)
-    layer.clean_plan = _plan([effect for effect in of_weight if not effect.hardware], [], transposed)
+    kept = [effect for effect in of_weight if not effect.hardware], [e for e in layer.input_effects if not e.hardware]
+    exact = (len(kept[0]), len(kept[1])) if layer.exact else None
+    # Sums that are split over devices are converted after their exchange.
+    product = None if layer.product is None or _converts_sums(layer) else layer.product.code
+    layer.plan = _plan(of_weight, layer.input_effects, transposed, product, exact)
+    layer.clean_plan = _plan(*kept, transposed)
 
 
-def _window(layer: Any) -> tuple[int, int, int]:
-    """(first row, first column, columns of the whole) of the part of a weight that this device holds; zeros where it is
-    the whole, as far as hardware is concerned: what FSDP gathers before the forward does not count."""
+def _site(layer: Any, name: str, noise: Noise, stream: str, transposed: bool) -> Site:
+    """What this device holds of a layer, as far as hardware is concerned: what FSDP gathers before the forward is whole."""
     weight = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight
-    if not isinstance(weight, DTensor):
-        return 0, 0, 0
-    _, (row, column) = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return row, column, weight.shape[1]
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    site = Site(noise, name, stream, rows, columns, transposed, local_in=columns)
+    if isinstance(weight, DTensor):
+        local, (site.first_row, site.first_column) = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        site.local_in, site.mesh = local[1], weight.device_mesh
+        site.group = weight.device_mesh.get_group().group_name
+        site.splits_inputs = weight.placements[0].is_shard(1)
+    return site
+
+
+def _converts_sums(layer: Any) -> bool:
+    """Whether a layer's sums are complete only after an exchange between devices, and converted then."""
+    weight = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight
+    return isinstance(weight, DTensor) and weight.placements[0].is_shard(1) and not layer.product.code.tile
+
+
+def _transform_attention(attention: Any, name: str, spec: Any, noise: Noise, stream: str) -> None:
+    """Add one transform to the products of one attention."""
+    first_head = getattr(attention, "first_head", 0)
+    attention.attention_effects = attention_stages(spec, noise, name, stream, first_head)
+    attention.noise = noise
+    if hasattr(type(attention), "products"):
+        of: Any = type(attention)
+        attention.__class__ = transformed_attention_class(of)
+
+
+@cache
+def transformed_attention_class(base: type) -> type:
+    return type(f"Transformed{base.__name__}", (base,), {"base_of_transformed": base, "products": _products})
+
+
+def _products(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The products of a transformed attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    if attention.noise.clean:
+        return type(attention).base_of_transformed.products(attention, q, k, v, mask)
+    return run_attention(attention, q, k, v, mask, q.shape[-1] ** -0.5)
+
+
+def run_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The products of an attention that has effects."""
+    noise, effects = attention.noise, attention.attention_effects
+    run = TransformedAttention.apply if torch.is_grad_enabled() else transformed_attention
+    place = (*noise.place(), noise.keys)
+    return run(effects.plan, noise.observing, scale, q, k, v, mask, *place, *effects.tensors)
 
 
 def _on_weight(layer: Any, effect: nn.Module) -> None:
@@ -193,42 +289,21 @@ def _on_weight(layer: Any, effect: nn.Module) -> None:
     register_parametrization(layer, "weight", effect, unsafe=True)
 
 
-def _bitflip(
-    noise: Noise,
-    name: str,
-    role: str,
-    spec: BitflipSpec,
-    faults: CellFaults | None,
-    stream: str,
-    window: tuple[int, int, int],
-    transposed: bool = False,
-) -> Bitflip | None:
-    if faults is None:
-        return None
-    probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
-    persistent, stuck = spec.lifetime == "persistent", spec.fault == "stuck_at"
-    return Bitflip(
-        noise,
-        name,
-        role,
-        spec.storage,
-        probabilities,
-        faults.zero_above,
-        persistent,
-        stuck,
-        stream,
-        transposed,
-        window=window,
-    )
-
-
-def _plan(of_weight: Sequence[Any], of_input: Sequence[Any], transposed: bool) -> Plan:
+def _plan(
+    of_weight: Sequence[Any],
+    of_input: Sequence[Any],
+    transposed: bool,
+    product: ProductCode | None = None,
+    exact: tuple[int, int] | None = None,
+) -> Plan:
     return Plan(
         tuple(effect.code for effect in of_weight),
         tuple(len(effect.tensors) for effect in of_weight),
         tuple(effect.code for effect in of_input),
         tuple(len(effect.tensors) for effect in of_input),
         transposed,
+        product,
+        exact,
     )
 
 
@@ -260,7 +335,7 @@ def _set_original(layer: Any, name: str, value: Any) -> None:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """The forward of a transformed layer: x (..., in) -> (..., out)."""
-    return _through_memory(layer, _multiply(layer, x), layer.noise.place())
+    return _through(layer.noise, layer.output_effects, _multiply(layer, x), layer.noise.place())
 
 
 def _multiply(layer: Any, x: Tensor) -> Tensor:
@@ -269,25 +344,30 @@ def _multiply(layer: Any, x: Tensor) -> Tensor:
     effects = list(layer.parametrizations.weight) if "parametrizations" in layer._modules else []
     weight = layer.parametrizations.weight.original if effects else layer.weight
     weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    of_input = list(layer.input_effects)
     if noise.clean:
         plan = layer.clean_plan
-        effects = [effect for effect in effects if not effect.hardware]
+        effects, of_input = ([e for e in found if e.hardware is False] for found in (effects, of_input))
     else:
         plan = layer.plan
-        effects = [*effects, *layer.input_effects]
+    effects = [*effects, *of_input, *([layer.product] if plan.product is not None else [])]
     place = noise.place()
     tensors = [tensor for effect in effects for tensor in effect.tensors]
     # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
     linear = TransformedLinear.apply if torch.is_grad_enabled() else transformed_linear
-    return linear(plan, x, weight, layer.bias, *place, *tensors)
+    return linear(plan, noise.observing, x, weight, layer.bias, *place, *tensors)
 
 
 def _leave(layer: Any, y: Tensor) -> Tensor:
-    """What follows the product over devices; memory holds the sum of what they computed, not the parts."""
+    """What follows the product over devices: the array, or the memory, has the sum of what they computed, not the parts."""
     whole = y.shape[1]
     y = type(layer).base_of_transformed.leave(layer, y)
-    context, tokens = layer.noise.place()
-    if y.shape[1] != whole and len(layer.output_effects) and not layer.noise.clean:
+    noise = layer.noise
+    if noise.clean:
+        return y
+    after_sum = [layer.product] if layer.product is not None and layer.plan.product is None else []
+    context, tokens = noise.place()
+    if y.shape[1] != whole and (after_sum or len(layer.output_effects)):
         # Each device goes on with its part of the sequence.
         first = layer.tensor_rank * y.shape[1]
         if tokens is None:
@@ -295,48 +375,24 @@ def _leave(layer: Any, y: Tensor) -> Tensor:
             sample = (context[2] + torch.arange(len(y), device=y.device))[:, None].expand(-1, whole)
             tokens = torch.stack([position, sample])
         tokens = tokens[:, :, first : first + y.shape[1]]
-    return _through_memory(layer, y, (context, tokens))
+    return _through(noise, [*after_sum, *layer.output_effects], y, (context, tokens))
 
 
-def _through_memory(layer: Any, y: Tensor, place: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _through(noise: Noise, effects: Sequence[Any], y: Tensor, place: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """The effects on what a layer returns."""
-    for effect in () if layer.noise.clean else layer.output_effects:
+    for effect in () if noise.clean else effects:
         if torch.is_grad_enabled():
-            y = TransformedOutput.apply(effect.code, y, *place, *effect.tensors)
+            y = TransformedOutput.apply(effect.code, noise.observing, y, *place, *effect.tensors)
         else:
-            y = effect.code.forward(y, *effect.tensors, *place)
+            y, _ = effect.code.through(y, effect.tensors, place, noise.observing)
     return y
 
 
 def table(noise: Noise) -> Iterator[str]:
     """What was applied, as lines for people: transform, layers with their counts, parameters of the effect."""
     for number, row in enumerate(noise.applied, 1):
-        counts = Counter(_NUMBERED.sub(r"\1*.", name) for name in row.layers)
-        yield f"{number}. {row.kind}: {len(row.layers)} layers; {row.parameters}"
-        for pattern, count in counts.items():
-            yield f"   {count:4} x {pattern}"
-
-
-def _parameters(spec: BitflipSpec | LoraSpec) -> str:
-    if isinstance(spec, LoraSpec):
-        return f"rank {spec.rank}, alpha {spec.alpha:g}, all other parameters frozen"
-    parts = [spec.lifetime, f"stored as {spec.storage}"] + (["stuck-at cells"] if spec.fault == "stuck_at" else [])
-    for name, faults in (("weight", spec.weight), ("input", spec.input), ("output", spec.output)):
-        if faults is None:
-            continue
-        probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
-        groups = (
-            "p per bit"
-            if faults.bits
-            else f"p {faults.sign_exponent:.4g} sign and exponent, {faults.mantissa:.4g} mantissa"
-        )
-        cleared = f", 0 from {faults.zero_above:g}" if faults.zero_above else ""
-        parts.append(f"{name}: {groups}{cleared} ({_hit_rate(probabilities):.3e} of the values hit)")
-    return "; ".join(parts)
-
-
-def _hit_rate(probabilities: Sequence[float]) -> float:
-    missed = 1.0
-    for p in probabilities:
-        missed *= 1 - p
-    return 1 - missed
+        attentions = f" and the products of {len(row.attentions)} attentions" if row.attentions else ""
+        yield f"{number}. {row.kind}: {len(row.layers)} layers{attentions}; {row.parameters}"
+        for names in (row.layers, row.attentions):
+            for pattern, count in Counter(_NUMBERED.sub(r"\1*.", name) for name in names).items():
+                yield f"   {count:4} x {pattern}{' (products)' if names is row.attentions else ''}"

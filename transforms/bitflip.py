@@ -15,13 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from types import FunctionType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transforms.context import Noise
-from transforms.noise import stream_key
-from transforms.sampling import CHUNK, Law, Span, choose_law, failed_cells, make_table, stuck_values, words_of
+from transforms.effect import Code, Effect
+from transforms.formats import Float, Format, named
+from transforms.operands import Operand, first_chunks, within
+from transforms.sampling import CHUNK, Law, choose_law, failed_cells, make_table, stuck_values, words_of
+from transforms.scales import Scaling
 
 STORAGE = {
     "bfloat16": (torch.bfloat16, torch.int16, 7),
@@ -49,14 +53,19 @@ def bit_probabilities(storage: str, sign_exponent: float, mantissa: float, bits:
     Args:
         bits: per bit from the sign downwards; replaces the two groups.
     """
-    dtype, _, num_mantissa = STORAGE[storage]
     if bits:
         return list(reversed(bits))
-    return [mantissa] * num_mantissa + [sign_exponent] * (dtype.itemsize * 8 - num_mantissa)
+    if storage in STORAGE:
+        dtype, _, num_mantissa = STORAGE[storage]
+        return [mantissa] * num_mantissa + [sign_exponent] * (dtype.itemsize * 8 - num_mantissa)
+    form = named(storage)
+    # Of an integer the sign is the one bit of the first group.
+    num_mantissa = form.mantissa if isinstance(form, Float) else form.bits - 1
+    return [mantissa] * num_mantissa + [sign_exponent] * (form.bits - num_mantissa)
 
 
 @dataclass(frozen=True)
-class BitflipCode:
+class BitflipCode(Code, Operand):
     """All of a bitflip effect that compiled code depends on; keys and probabilities are in its table, a tensor."""
 
     law: Law
@@ -66,25 +75,22 @@ class BitflipCode:
     persistent: bool = False
     stuck: bool = False
     first_row: int = 0
-    """Of a shard, the place of its first element in the unsharded operand: row (of a weight) and column (feature)."""
     first_column: int = 0
     columns: int = 0
-    """Columns of the unsharded weight; 0 where the operand has them all."""
     limits: tuple[float, ...] = field(init=False, compare=False)
     """The smallest number of each format (in the order of `STORAGE`) that is not below the threshold: eager and compiled
     code round a threshold that lies between two numbers of a format differently."""
     text: str = field(init=False, compare=False)
     """The code as an argument of an operation, made ahead: compiled code cannot make it."""
-
-    @property
-    def saves_value(self) -> bool:
-        return self.zero_above is not None
+    unlimited: BitflipCode = field(init=False, compare=False, repr=False)
+    """The same without the threshold."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", tuple(_not_below(self.zero_above or 0.0, dtype) for dtype in _FORMATS))
         values = {
             name: getattr(self, name) for name, of in self.__dataclass_fields__.items() if of.init and name != "law"
         }
+        object.__setattr__(self, "unlimited", self if self.zero_above is None else replace(self, zero_above=None))
         object.__setattr__(self, "text", json.dumps({"law": asdict(self.law), **values}))
 
     def forward(self, value: Tensor, table: Tensor, context: Tensor, tokens: Tensor | None) -> Tensor:
@@ -107,33 +113,13 @@ class BitflipCode:
         kept = stored.abs() < self.limits[_FORMATS.index(value.dtype)]
         return torch.where(kept, stored, 0), lambda grad: torch.where(kept, grad, 0)
 
-    def rows(self, value: Tensor, context: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(position, sample, step) of the rows of an operand, as `sampling.words_of` takes them."""
-        if self.persistent:
-            # One weight matrix; for inputs the cells of a buffer that holds one token's features at a time.
-            return torch.zeros_like(context[:1]), torch.zeros_like(context[:1]), torch.zeros_like(context[0])
-        if self.of_weight:
-            return torch.zeros_like(context[:1]), context[1:2], context[0]
-        position, sample = positions_and_samples(value, context, tokens)
-        return position.flatten(), sample.flatten(), context[0]
-
-    def span(self, value: Tensor) -> Span:
-        """Which elements of the unsharded operand the rows of this one are; a weight with all columns is a single row.
-
-        Raises:
-            ValueError: a weight's columns reach beyond those of the unsharded weight.
-        """
-        width = value.shape[-1]
-        if not self.of_weight:
-            return Span(width, self.first_column)
-        columns = self.columns or width
-        if value.dim() > 1 and self.first_column + width > columns:
-            last = self.first_column + width - 1
-            raise ValueError(f"columns {self.first_column} to {last} are not within a weight of {columns} columns")
-        start = self.first_row * columns + self.first_column
-        if columns == width or value.dim() < 2:
-            return Span(value.numel(), start)
-        return Span(width, start, columns)
+    def through(self, value: Tensor, own: Any, place: Any, observing: bool) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and which elements the threshold kept."""
+        stored = self.unlimited.forward(value, *own, *place)
+        if self.zero_above is None:
+            return stored, None
+        kept = stored.abs() < self.limits[_FORMATS.index(value.dtype)]
+        return torch.where(kept, stored, 0), kept
 
     @staticmethod
     @cache
@@ -159,10 +145,8 @@ def golden(code: BitflipCode, value: Tensor, table: Tensor, context: Tensor, tok
 def _rows_and_place(code: BitflipCode, value: Tensor) -> tuple[Tensor, tuple[int | Tensor, int, Tensor | None]]:
     """A weight of one row as a vector, anything else as it is; and the last arguments of `_golden`."""
     span = code.span(value)
-    if not span.stride:
-        return value.flatten() if code.of_weight else value, (span.start // CHUNK, span.skip, None)
-    begin = span.start + span.stride * torch.arange(len(value), device=value.device)
-    return value, (begin // CHUNK, span.skip, begin % CHUNK if span.stride % CHUNK else None)
+    whole = code.of_weight and not span.stride
+    return value.flatten() if whole else value, first_chunks(span, len(value), value.device)
 
 
 def _golden(
@@ -182,19 +166,11 @@ def _golden(
     word = _encode(code.storage, value.reshape(-1, width))
     if code.law.name != "none":
         words = words_of(table[:2], -(-(skip + width) // CHUNK), position, sample, step, first)
-        failed = _within(failed_cells(code.law, table[2:], words), width, skip, skips)
+        failed = within(failed_cells(code.law, table[2:], words), width, skip, skips)
         if code.stuck:
-            failed = failed & (word ^ _within(stuck_values(words, value.device), width, skip, skips))
+            failed = failed & (word ^ within(stuck_values(words, value.device), width, skip, skips))
         word = word ^ failed
     return _decode(code.storage, word, value.dtype).view(value.shape)
-
-
-def _within(drawn: Tensor, width: int, skip: int, skips: Tensor | None) -> Tensor:
-    """What is drawn for the elements of a row, without what its first and last chunk draw beyond its ends."""
-    drawn = drawn.flatten(1)
-    if skips is None:
-        return drawn[:, skip : skip + width]
-    return drawn.gather(1, skips[:, None] + torch.arange(width, device=drawn.device))
 
 
 def _encode(storage: str, value: Tensor) -> Tensor:
@@ -268,44 +244,18 @@ def _compiled(text: str, shape: torch.Size | None, kind: str) -> Callable[..., T
 _library.impl("bitflip", _bitflip_on_cpu, "CPU")
 
 
-def positions_and_samples(value: Tensor, context: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(position, sample) of every row of an activation (..., D), each of the shape of its leading dimensions.
-
-    Raises:
-        ValueError: the rows cannot be matched to the batch's tokens.
-    """
-    lead = value.shape[:-1]
-    if tokens is None:
-        if len(lead) != 2:
-            raise ValueError(f"an input of shape {tuple(value.shape)} is not (batch, sequence, features)")
-        batch, length = (torch.arange(size, device=value.device) for size in lead)
-        return length.expand(lead), (context[2] + batch)[:, None].expand(lead)
-    position, sample = tokens
-    if lead == sample.shape:
-        return position, sample
-    if len(lead) == 1 and lead[0] == sample.numel():  # flattened, as OPT's first feed-forward layer has it
-        return position.flatten(), sample.flatten()
-    if len(lead) == 2 and lead[0] == sample.shape[0] and lead[1] < sample.shape[1]:  # only the last tokens' logits
-        return position[:, -lead[1] :], sample[:, -lead[1] :]
-    raise ValueError(
-        f"an input of shape {tuple(value.shape)} does not belong to a batch of tokens {tuple(sample.shape)}"
-    )
-
-
-class Bitflip(nn.Module):
+class Bitflip(Effect):
     """One bitflip effect on one operand of one layer: a parametrization of a weight, or an effect beside it.
 
     Args:
-        name: Hugging Face name of the parameter or module, part of the key.
         role: "w", "x" or "out".
-        stream: tells apart several effects on one operand.
+        storage: format of the memory; one of few bits needs `scaling`.
         probabilities: one per bit of the storage format, least significant first.
         stuck: persistent faults read a fixed value rather than the inverse.
         transposed: the weight is stored (in, out).
         window: of a shard, its first row and column in the unsharded operand, and a weight's unsharded columns.
+        scaling: how the values of a format of few bits are scaled.
     """
-
-    hardware = True
 
     def __init__(
         self,
@@ -320,15 +270,17 @@ class Bitflip(nn.Module):
         stream: str = "",
         transposed: bool = False,
         window: tuple[int, int, int] = (0, 0, 0),
+        scaling: Scaling | None = None,
     ):
-        super().__init__()
-        self.noise, self.name, self.role, self.stream, self.transposed = noise, name, role, stream, transposed
+        super().__init__(noise, name, role, stream)
+        self.transposed, self.persistent = transposed, persistent
         self.probabilities = list(probabilities)
-        law = choose_law(self.probabilities, persistent)
-        self.code = BitflipCode(law, storage, role == "w", zero_above, persistent, stuck, *window)
-        size = 2 + len(make_table(law, self.probabilities))
+        self.law = choose_law(self.probabilities, persistent)
+        place = (role == "w", None if scaling else zero_above, persistent, stuck, *window)
+        flips = BitflipCode(self.law, "float32" if scaling else storage, *place)
+        self.code = ScaledCode(flips, named(storage), scaling, zero_above) if scaling else flips
+        size = 2 + len(make_table(self.law, self.probabilities))
         self.register_buffer("table", torch.empty(size, dtype=torch.int64), persistent=False)
-        noise.register(self)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -340,15 +292,13 @@ class Bitflip(nn.Module):
         place = (self.table, *self.noise.place())
         return self.code.forward(value.t(), *place).t() if self.transposed else self.code.forward(value, *place)
 
-    @torch.no_grad()
     def fill(self, seed: int, phase: str) -> None:
-        """Write key and thresholds. Persistent faults belong to the chip, so training and validation share them."""
-        if self.table.is_meta:
-            return
-        if self.code.persistent and not phase.startswith("chip"):
-            phase = "chip 0"
-        key = stream_key(seed, self.name, self.role, f"{phase}|{self.stream}")
-        self.table.copy_(torch.tensor([*key, *make_table(self.code.law, self.probabilities)]))
+        """Write key and thresholds."""
+        self.write(self.table, [*self.key(seed, phase), *make_table(self.law, self.probabilities)])
+
+    def set_strength(self, strength: float) -> None:
+        """Fail with a part of the probabilities."""
+        self._write_thresholds([p * strength for p in self.probabilities])
 
     def set_probabilities(self, probabilities: Sequence[float]) -> None:
         """Change how often bits fail from now on, within what the sampling law holds; nothing recompiles.
@@ -356,10 +306,43 @@ class Bitflip(nn.Module):
         Raises:
             ValueError: the law cannot hold them; apply the effect anew.
         """
-        table = make_table(self.code.law, probabilities)
+        self._write_thresholds(probabilities)
         self.probabilities = list(probabilities)
+
+    def _write_thresholds(self, probabilities: Sequence[float]) -> None:
+        table = make_table(self.law, probabilities)
         if not self.table.is_meta:
             self.table[2:] = torch.tensor(table, device=self.table.device)
+
+
+@dataclass(frozen=True)
+class ScaledCode(Code):
+    """Bit errors of a memory that holds codes of few bits, and their scale elsewhere, where nothing fails.
+
+    The codes go through the flips as the low bits of 32-bit words.
+    """
+
+    flips: BitflipCode
+    form: Format
+    scaling: Scaling
+    zero_above: float | None = None
+
+    def through(self, value: Tensor, own: Any, place: Any, observing: bool) -> tuple[Tensor, Tensor | None]:
+        blocks = self.scaling.blocks(value.float())
+        scale = self.scaling.scale(blocks, self.form, None)
+        words = self.scaling.unblocked(self.form.encode(self.form.round(blocks / scale)), value.shape[-1])
+        failed = self.flips.forward(words.contiguous().view(torch.float32), *own, *place).view(torch.int32)
+        values = self.form.decode(self.scaling.blocks(failed)) * scale
+        stored = self.scaling.unblocked(values, value.shape[-1]).to(value.dtype)
+        if self.zero_above is None:
+            return stored, None
+        kept = stored.float().abs() < self.zero_above
+        return torch.where(kept, stored, 0), kept
+
+    def regenerate(self, value: Tensor, *rest: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        *own, context, tokens = rest
+        stored, kept = self.through(value, own, (context, tokens), False)
+        return stored, lambda grad: grad if kept is None else torch.where(kept, grad, 0)
 
 
 if torch.cuda.is_available():

@@ -8,6 +8,7 @@ backward. It is never written in place, so that a backward that comes after othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transforms.apply import Applied
-    from transforms.bitflip import Bitflip
+    from transforms.effect import Effect
+    from transforms.ranges import Range
 
 TRAINING, VALIDATION = "train", "validation"
+WARMUP_LEVELS = 32
+"""Steps of strength in which hardware effects warm up: each rewrites tables on the host."""
 
 
 def places(values: list[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -31,9 +35,13 @@ def places(values: list[tuple[int, int, int]], device: torch.device) -> Tensor:
 class Noise:
     """The state of a forward pass that transformed layers read; `clean` switches all hardware effects off."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, warmup: int = 0):
         self.seed = seed
+        self.warmup = warmup
+        """Training steps over which effects grow to their full strength."""
         self.clean = False
+        self.observing = False
+        """Whether ranges take note of what they see."""
         self.context: Tensor | None = None
         """(3,) int64: step, group of the weight noise, number of the micro-batch's first row in the global batch."""
         self.tokens: Tensor | None = None
@@ -42,11 +50,19 @@ class Noise:
         """(T,) int64, columns of the row that this device holds, where that is not all of them (context parallel)."""
         self.applied: list[Applied] = []
         """What was applied, for people."""
-        self._effects: list[Bitflip] = []
+        self.keys: Tensor | None = None
+        """(S,) or (B, S) int64, positions of the keys that attention sees; None where they are 0 to S - 1."""
+        self.ranges: dict[str, Range] = {}
+        """What is tracked or learned, under its name in checkpoints."""
+        self._effects: list[Effect] = []
         self._phase = TRAINING
+        self._strength = 1.0
 
-    def register(self, effect: Bitflip) -> None:
+    def register(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+    def track(self, name: str, range_: Range) -> None:
+        self.ranges[name] = range_
 
     def begin(
         self, step: int, first_sample: int, device: torch.device, group: int = 0, tokens: Tensor | None = None
@@ -75,15 +91,47 @@ class Noise:
     def enter(self, phase: str) -> None:
         """Draw from another seed space from now on: training, validation, or a chip of an evaluation.
 
-        Rewrites the keys in place, so no backward may be outstanding.
+        Rewrites the keys in place, so no backward may be outstanding. Outside training effects have their full strength.
         """
-        self._phase = phase
-        self.fill()
-
-    def fill(self) -> None:
-        """Write keys and thresholds of all effects to where they live: after `to_empty`, which leaves them undefined."""
+        self._phase, self._strength = phase, 1.0
+        self.observing = phase == TRAINING and bool(self.ranges)
         for effect in self._effects:
             effect.fill(self.seed, self._phase)
+
+    def fill(self) -> None:
+        """Write what effects need to where they live: after `to_empty`, which leaves it undefined. Ranges begin anew."""
+        self.enter(self._phase)
+        for range_ in self.ranges.values():
+            range_.reset()
+
+    def begin_step(self, step: int) -> None:
+        """Set the strength of training step `step`, counted from 0; no backward may be outstanding."""
+        if not self.warmup:
+            return
+        strength = min(1.0, math.ceil((step + 1) / self.warmup * WARMUP_LEVELS) / WARMUP_LEVELS)
+        if strength != self._strength:
+            self._strength = strength
+            for effect in self._effects:
+                effect.set_strength(strength)
+
+    @torch.no_grad()
+    def end_step(self, agree: Callable[[Tensor], Tensor] = lambda seen: seen) -> None:
+        """Move the ranges to what the step has seen.
+
+        Args:
+            agree: takes (n,) float32, the largest values that this device has seen, to those of all devices.
+        """
+        ranges = list(self.ranges.values())
+        if not ranges:
+            return
+        seen = agree(torch.cat([range_.seen for range_ in ranges]))
+        for range_, largest in zip(ranges, seen.split(1)):
+            range_.used.copy_(range_.next(largest))
+            range_.seen.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """The ranges in use, as checkpoints keep them; loads write into these."""
+        return {f"{name}.range": range_.used for name, range_ in self.ranges.items()}
 
     @contextmanager
     def off(self) -> Iterator[None]:

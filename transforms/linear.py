@@ -1,11 +1,11 @@
 """A linear layer whose operands pass through hardware effects, as one operation.
 
-    y = T_x(x) T_w(W)^T + b
+    y = A( T_x(x) T_w(W)^T ) + b
 
-saves x, W and the noise context for its backward, the very tensors that a clean linear keeps alive, and draws the noisy
-operands again there. No noisy weight outlives a forward, and no noisy input is kept for q, k and v each. Gradients are
-those of the operands that the hardware multiplied (`T_x(x)` for the weight, `T_w(W)` for the input), passed back
-through every effect by its own rule.
+saves x, W and the noise context for its backward, the very tensors that a clean linear keeps alive (and a bit for each
+element that a converter A may clip), and draws the noisy operands again there. No noisy weight outlives a forward, and no
+noisy input is kept for q, k and v each. Gradients are those of the operands that the hardware multiplied (`T_x(x)` for the
+weight, `T_w(W)` for the input), passed back through every effect by its own rule.
 
 Compiled, forward and backward are traced into the block's graphs. The backward's effects take the context through an
 operation that also takes the gradient: nothing of them can be computed before the backward, so the partitioner cannot
@@ -16,33 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transforms.effect import Code
+from transforms.product import Place, ProductCode, pack, unpack
+
+Tensors: TypeAlias = Sequence[Tensor]
+
 _library = torch.library.Library("newcompute", "DEF")
 _library.define("after(Tensor context, Tensor other) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("after", lambda context, other: context.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("newcompute::after", lambda context, other: torch.empty_like(context), lib=_library)
-
-
-class Code(Protocol):
-    """The pure functions of an effect, and all that compiled code may depend on: equal codes share compiled code.
-
-    `rest` are the effect's own tensors, the context and the tokens.
-    """
-
-    saves_value: bool
-    """Whether the gradient depends on the value."""
-
-    def forward(self, value: Tensor, *rest: Any) -> Tensor: ...
-
-    def regenerate(self, value: Tensor, *rest: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """The result again, and the function from its gradient to that of `value`: alone, or with a list of those of
-        the effect's own tensors."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,18 +43,23 @@ class Plan:
     input_counts: tuple[int, ...]
     transposed: bool
     """The weight is stored (in, out), as in GPT-2's Conv1D."""
+    product: ProductCode | None = None
+    """What multiplies them, where it is not exact; it takes the remaining tensors."""
+    exact: tuple[int, int] | None = None
+    """Gradients use the operands as they are before the hardware: after the first effects on weight and input, so many."""
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
-        """The tensors of each of the weight's effects and of each of the input's."""
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensors], list[Tensors], Tensors]:
+        """The tensors of each of the weight's effects, of each of the input's, and of the product."""
         groups, start = [], 0
         for count in (*self.weight_counts, *self.input_counts):
             groups.append(tensors[start : start + count])
             start += count
-        return groups[: len(self.weight)], groups[len(self.weight) :]
+        return groups[: len(self.weight)], groups[len(self.weight) :], tensors[start:]
 
 
 def transformed_linear(
     plan: Plan,
+    observing: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,14 +67,29 @@ def transformed_linear(
     tokens: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
-    """The forward alone: x (..., in) -> (..., out). `tensors` are those of the weight's effects, then of the input's."""
-    of_weight, of_input = plan.split(tensors)
-    weight = weight.t() if plan.transposed else weight
-    for code, own in zip(plan.weight, of_weight):
-        weight = code.forward(weight, *own, context, tokens)
-    for code, own in zip(plan.input, of_input):
-        x = code.forward(x, *own, context, tokens)
-    return F.linear(x, weight, bias)
+    """The forward alone: x (..., in) -> (..., out). `tensors` are those of the weight's effects, the input's, the product's."""
+    return _forward(plan, observing, x, weight, bias, (context, tokens), tensors)[0]
+
+
+def _forward(
+    plan: Plan, observing: bool, x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, tensors: Tensors
+) -> tuple[Tensor, Tensor | None]:
+    """(..., out), and what the product's backward needs to know."""
+    of_weight, of_input, of_product = plan.split(tensors)
+    weight = _after(plan.weight, of_weight, weight.t() if plan.transposed else weight, place, observing)
+    x = _after(plan.input, of_input, x, place, observing)
+    if plan.product is None:
+        return F.linear(x, weight, bias), None
+    y, kept = plan.product.multiply(x, weight, of_product, place, observing)
+    return y if bias is None else y + bias, kept
+
+
+def _after(codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, observing: bool) -> Tensor:
+    for code, own in zip(codes, tensors):
+        if observing:
+            code.observe(value, *own, *place)
+        value = code.forward(value, *own, *place)
+    return value
 
 
 class TransformedLinear(torch.autograd.Function):
@@ -91,6 +99,7 @@ class TransformedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
+        observing: bool,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -99,46 +108,57 @@ class TransformedLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(x, weight, context, tokens, *tensors)
-        return transformed_linear(plan, x, weight, bias, context, tokens, *tensors)
+        y, kept = _forward(plan, observing, x, weight, bias, (context, tokens), tensors)
+        ctx.save_for_backward(x, weight, context, tokens, kept, *tensors)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
-        x, weight, context, tokens, *tensors = ctx.saved_tensors
+        x, weight, context, tokens, kept, *tensors = ctx.saved_tensors
         if torch.compiler.is_compiling() and context is not None:
             context = torch.ops.newcompute.after(context, grad)
             tensors = [torch.ops.newcompute.after(t, grad) if t.requires_grad else t for t in tensors]
-        of_weight, of_input = plan.split(tensors)
-        weight, pull_weight = _regenerate(
-            plan.weight, of_weight, weight.t() if plan.transposed else weight, (context, tokens)
-        )
-        x, pull_input = _regenerate(plan.input, of_input, x, (context, tokens))
+        of_weight, of_input, _ = plan.split(tensors)
+        place = (context, tokens)
+        exact_weight, exact_input = plan.exact or (None, None)
+        weight = weight.t() if plan.transposed else weight
+        weight, pull_weight = _regenerate(plan.weight, of_weight, weight, place, exact_weight)
+        x, pull_input = _regenerate(plan.input, of_input, x, place, exact_input)
 
-        num_weight_tensors = sum(plan.weight_counts)
+        num_weight, num_input = sum(plan.weight_counts), sum(plan.input_counts)
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         tensor_grads: list[Tensor | None] = [None] * len(tensors)
-        flat = grad.reshape(-1, grad.shape[-1])
-        if needs[1]:
-            grad_x, tensor_grads[num_weight_tensors:] = pull_input(grad @ weight)
-        if needs[2] or any(needs[6 : 6 + num_weight_tensors]):
-            grad_weight, tensor_grads[:num_weight_tensors] = pull_weight(flat.t() @ x.reshape(-1, x.shape[-1]))
-            grad_weight = (grad_weight.t() if plan.transposed else grad_weight) if needs[2] else None
-        if needs[3]:
-            grad_bias = flat.sum(0)
-        return None, grad_x, grad_weight, grad_bias, None, None, *tensor_grads
+        gradients = _gradients if plan.product is None else plan.product.gradients
+        of_x, of_w = gradients(grad, x, weight, kept)
+        if needs[2] or any(needs[7 + num_weight : 7 + num_weight + num_input]):
+            grad_x, tensor_grads[num_weight : num_weight + num_input] = pull_input(of_x())
+        if needs[3] or any(needs[7 : 7 + num_weight]):
+            grad_weight, tensor_grads[:num_weight] = pull_weight(of_w())
+            grad_weight = (grad_weight.t() if plan.transposed else grad_weight) if needs[3] else None
+        if needs[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return None, None, grad_x, grad_weight, grad_bias, None, None, *tensor_grads
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, kept: None
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Functions that give the gradients of x (..., in) and of the weight of an exact product."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    return lambda: grad @ weight, lambda: flat.t() @ x.reshape(-1, x.shape[-1])
 
 
 def _regenerate(
-    codes: Sequence[Code],
-    tensors: Sequence[Sequence[Tensor]],
-    value: Tensor,
-    place: tuple[Tensor | None, Tensor | None],
+    codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, exact: int | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]]:
-    """An operand after all its effects, and the way of its gradient back through them, with those of their tensors."""
-    pulls = []
-    for code, own in zip(codes, tensors):
+    """An operand after all its effects, or the first `exact` ones, and the way of its gradient back through all of them,
+    with those of their tensors."""
+    pulls: list[tuple[Callable[[Tensor], Any], int]] = []
+    chosen = value
+    for i, (code, own) in enumerate(zip(codes, tensors)):
+        chosen = value if exact == i else chosen
         value, pull = code.regenerate(value, *own, *place)
         pulls.append((pull, len(own)))
 
@@ -150,24 +170,23 @@ def _regenerate(
             grads = [*own, *grads]
         return grad, grads
 
-    return value, pull_back
+    return value if exact is None or exact >= len(codes) else chosen, pull_back
 
 
 class TransformedOutput(torch.autograd.Function):
-    """An effect on what a layer returns. Saves that only where the effect's gradient depends on it."""
+    """An effect on what a layer returns; saves one bit of each element where its gradient depends on that."""
 
     @staticmethod
-    def forward(ctx: Any, code: Code, y: Tensor, context: Tensor, tokens: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.code = code
-        ctx.save_for_backward(y if code.saves_value else None, context, tokens, *tensors)
-        return code.forward(y, *tensors, context, tokens)
+    def forward(
+        ctx: Any, code: Any, observing: bool, y: Tensor, context: Tensor, tokens: Tensor | None, *own: Tensor
+    ) -> Tensor:
+        found, kept = code.through(y, own, (context, tokens), observing)
+        ctx.save_for_backward(None if kept is None else pack(kept))
+        return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        y, context, tokens, *tensors = ctx.saved_tensors
-        if y is not None:
-            if torch.compiler.is_compiling():
-                context = torch.ops.newcompute.after(context, grad)
-            _, pull = ctx.code.regenerate(y, *tensors, context, tokens)
-            grad = pull(grad)
-        return None, grad, None, None, *(None for _ in tensors)
+        (packed,) = ctx.saved_tensors
+        if packed is not None:
+            grad = torch.where(unpack(packed, grad.shape[-1]), grad, 0)
+        return None, None, grad, None, None, *(None for _ in ctx.needs_input_grad[5:])

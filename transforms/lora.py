@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from transforms.effect import Code
+
 
 @dataclass(frozen=True)
-class LowRankCode:
+class LowRankCode(Code):
     """The pure functions of an adapter; its tensors are A and B."""
 
     scale: float
-    saves_value = False
 
     def forward(self, weight: Tensor, a: Tensor, b: Tensor, *place: Tensor | None) -> Tensor:
         return torch.addmm(weight, b, a, alpha=self.scale)

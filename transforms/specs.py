@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-WIDTH = {"bfloat16": 16, "float16": 16, "float32": 32}
+WIDTH = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8}
 """Bits of each storage format."""
+
+BLOCKS = {"mxfp8_e4m3": 32, "mxfp8_e5m2": 32, "mxfp6_e3m2": 32, "mxfp6_e2m3": 32, "mxfp4": 32, "nvfp4": 16}
+"""Formats with a scale for each block of so many neighbours."""
+FORMAT = re.compile(rf"int[2-8]|ternary|fp8_e4m3|fp8_e5m2|e[1-7]m\d|{'|'.join(BLOCKS)}")
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -51,8 +55,11 @@ class BitflipSpec(Layered):
     """Random bit errors of the memory that holds the operands of a linear layer."""
 
     kind: Literal["bitflip"]
-    storage: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    storage: Literal["bfloat16", "float16", "float32", "int8", "fp8_e4m3", "fp8_e5m2"] = "bfloat16"
     """Format in which the memory holds the values, whatever the training computes in."""
+    scale: Literal["row", "tensor"] = "row"
+    """Of 8-bit formats: what shares a scale, which is not stored in this memory. A row is an output channel of a weight
+    or a token; activations always have a scale for each token."""
     weight: CellFaults | None = None
     """Faults of the weights' memory."""
     input: CellFaults | None = None
@@ -93,5 +100,107 @@ class LoraSpec(Layered):
     """Scale of the update, relative to the rank."""
 
 
-TransformSpec = Annotated[BitflipSpec | LoraSpec, Field(discriminator="kind")]
-KINDS = ("bitflip", "lora")
+class Quantised(Spec):
+    """A format of few bits for one operand."""
+
+    format: str
+    """int2 to int8, ternary, fp8_e4m3, fp8_e5m2, any eXmY (X exponent and Y mantissa bits), and with scales of blocks
+    mxfp8_e4m3, mxfp8_e5m2, mxfp6_e3m2, mxfp6_e2m3, mxfp4, nvfp4."""
+    scale: Literal["row", "tensor", "group", "none", "tracked", "learned"] | None = None
+    """What shares a scale: a row (output channel, or token), the tensor (weights only), or a group of neighbours in a row;
+    "none" takes values as they are; "tracked" and "learned" have a range per tensor that is the same for all tokens.
+    Default: "row"; of ternary "tensor". Formats with scales of blocks have their own."""
+    group_size: Annotated[int, Field(gt=0)] = 128
+    """Neighbours that share a scale, with scale = "group"."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """stochastic: up or down at random, so that the mean is exact."""
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if not FORMAT.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no format: int2 to int8, ternary, fp8_e4m3, fp8_e5m2, eXmY, {', '.join(BLOCKS)}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> Quantised:
+        if self.format in BLOCKS and self.scale is not None:
+            raise ValueError(f"{self.format} has a scale for each block of {BLOCKS[self.format]}: leave scale out")
+        if self.format == "ternary" and self.scale not in (None, "tensor"):
+            raise ValueError("ternary has one scale, the mean magnitude of the tensor: leave scale out")
+        return self
+
+
+class QuantiseSpec(Layered):
+    """Operands of few bits: they are rounded to a format before they are multiplied."""
+
+    kind: Literal["quantise"]
+    weight: Quantised | None = None
+    """Format of the weights."""
+    input: Quantised | None = None
+    """Format of the layer's inputs."""
+    attention: Quantised | None = None
+    """Format of queries, keys and values in the products of attention, with a scale for each head of a token ("row"), or
+    tracked; the probabilities get as many levels as the format has bits for."""
+    norm: bool = False
+    """Normalise a layer's inputs before they are rounded (RMSNorm without weights), as BitNet b1.58 does."""
+    range_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """What is left of a tracked range after a step; the rest is that step's largest value."""
+    gradients: Literal["noisy", "clean"] = "noisy"
+    """Which operands the gradients' products use: the rounded ones that the forward multiplied, or those before."""
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantiseSpec:
+        if not (self.weight or self.input or self.attention):
+            raise ValueError("give the format of at least one of weight, input and attention")
+        for name in ("input", "attention"):
+            operand = getattr(self, name)
+            if operand is not None and (operand.scale == "tensor" or operand.format == "ternary"):
+                raise ValueError(
+                    f'{name}: a scale of the whole batch would let tokens see later ones: use scale = "row" or "tracked"'
+                )
+        if self.attention is not None:
+            if self.attention.format in BLOCKS or self.attention.scale in ("group", "learned"):
+                raise ValueError(
+                    'attention: scale = "row", "tracked" or "none", with a format without scales of blocks'
+                )
+            if self.attention.rounding == "stochastic":
+                raise ValueError("attention: queries, keys and values are rounded to the nearest only")
+        return self
+
+
+class OpticalSpec(Layered):
+    """Products by light: operands pass converters of a number of levels, and so does what the detectors read."""
+
+    kind: Literal["optical"]
+    levels: Annotated[int, Field(ge=3, le=65536)] = 256
+    """Levels of every converter. Zero is one of them: signed values have levels - 1 where levels is even."""
+    input_levels: Annotated[int, Field(ge=3, le=65536)] | None = None
+    """Instead, for inputs (and queries, and attention's probabilities)."""
+    weight_levels: Annotated[int, Field(ge=3, le=65536)] | None = None
+    """Instead, for weights (and keys and values)."""
+    output_levels: Annotated[int, Field(ge=3, le=65536)] | None = None
+    """Instead, for what the detectors read."""
+    lut_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Smallest magnitude but 0 that a weight's modulator can show, as a part of the largest."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of the detectors' converters; those of operands round to the nearest."""
+    photons: Annotated[float, Field(gt=0.0)] | None = None
+    """Photons of a multiply-accumulate at full scale; without it no shot noise."""
+    tile: Annotated[int, Field(ge=0)] = 0
+    """Inputs that one array sums before conversion; 0: all."""
+    ranges: Literal["tracked", "learned"] = "tracked"
+    """Ranges of inputs: tracked from the largest values, or learned from there. Those of outputs are tracked."""
+    range_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """What is left of a tracked range after a step; the rest is that step's largest value."""
+    attention: bool = True
+    """Also attention's two products run in light."""
+    gradients: Literal["noisy", "clean"] = "noisy"
+    """Which operands the gradients' products use: the converted ones that the forward multiplied, or those before."""
+
+
+Hardware = BitflipSpec | QuantiseSpec | OpticalSpec
+TransformSpec = Annotated[Hardware | LoraSpec, Field(discriminator="kind")]
+KINDS = ("bitflip", "quantise", "optical", "lora")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from transforms import bitflip
+from transforms import bitflip, operands
 
 POSITIONS = 1 << 20
 """An element of an activation's row is number position * POSITIONS + feature."""
@@ -103,7 +103,7 @@ class Recorder:
         if code.of_weight:
             self.flips.add(f"{where} group {group}", features.expand(rows.shape).flatten(), flipped.flatten())
             return
-        position, sample = bitflip.positions_and_samples(rows, context, tokens)
+        position, sample = operands.positions_and_samples(rows, context, tokens)
         for row in sample.unique().tolist():
             mine = sample == row
             elements = position[mine][:, None] * POSITIONS + features

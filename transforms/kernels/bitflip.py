@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from transforms import sampling
-from transforms.bitflip import STORAGE, BitflipCode, positions_and_samples
+from transforms.bitflip import STORAGE, BitflipCode
+from transforms.operands import positions_and_samples
 
 CHUNK = tl.constexpr(sampling.CHUNK)
 DRAWS_PER_CHUNK = tl.constexpr(sampling.DRAWS)

@@ -1,0 +1,286 @@
+"""Attention whose two products run on the simulated hardware.
+
+    S = A_s( T_q(q) T_k(k)^T ),   P = softmax(S / sqrt(E), over the keys that a query sees),   O = A_o( T_p(P) T_v(v) )
+
+with quantisers T of `transforms/quantise.py` and converters A of `transforms/product.py`. The range of a converter is that of
+the products as they are, before the division by sqrt(E) and the mask; P has levels on [0, 1]. Softmax is exact, in float32.
+
+One operation that saves q, k and v and computes all else again in its backward, for some queries at a time: no matrix of
+all scores is ever in memory. Backward is straight-through, as for linear layers.
+
+Noise of a score belongs to (sample, position of the query, head, position of the key), that of an output to (sample,
+position, head, feature): heads are lanes (`transforms/operands.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transforms.operands import lane_normals, lane_uniforms
+from transforms.product import Place, Product, ProductCode, convert
+from transforms.quantise import Quantise, QuantiseCode
+
+QUERIES = 256
+"""How many are computed at a time."""
+_OPERANDS = ("query", "key", "value", "probabilities")
+_PRODUCTS = ("scores", "context")
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Effects on one attention; each takes as many of the tensors as `counts` says, in this order."""
+
+    query: QuantiseCode | None
+    key: QuantiseCode | None
+    value: QuantiseCode | None
+    probabilities: QuantiseCode | None
+    scores: ProductCode | None
+    context: ProductCode | None
+    counts: tuple[int, ...]
+    first_head: int = 0
+    """Number of the first head that is here."""
+    exact: bool = False
+    """Gradients use q, k, v and P as they are before the hardware."""
+
+    def split(self, tensors: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+        groups, start = {}, 0
+        for name, count in zip((*_OPERANDS, *_PRODUCTS), self.counts):
+            groups[name] = tensors[start : start + count]
+            start += count
+        return groups
+
+
+class AttentionEffects(nn.Module):
+    """What one attention owns of its effects; those that are None do not act."""
+
+    def __init__(self, effects: dict[str, Quantise | Product | None], first_head: int, exact: bool):
+        super().__init__()
+        self.effects = nn.ModuleDict({name: effect for name, effect in effects.items() if effect is not None})
+        codes: dict[str, Any] = {name: self.effects[name].code if name in self.effects else None for name in effects}
+        counts = [len(self.effects[name].tensors) if name in self.effects else 0 for name in (*_OPERANDS, *_PRODUCTS)]
+        self.plan = AttentionPlan(**codes, counts=tuple(counts), first_head=first_head, exact=exact)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        names = [name for name in (*_OPERANDS, *_PRODUCTS) if name in self.effects]
+        return [tensor for name in names for tensor in self.effects[name].tensors]
+
+
+def transformed_attention(
+    plan: AttentionPlan,
+    observing: bool,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    context: Tensor | None,
+    tokens: Tensor | None,
+    keys: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    """The forward alone.
+
+    Args:
+        scale: what scores are multiplied with before the softmax.
+        q: (B, H, T, E).
+        k, v: (B, K, S, E), each head for H / K query heads.
+        mask: (B or 1, 1 or H, T, S), bool or additive; None is causal: the last query sees the last key.
+        context, tokens, keys: as `Noise` has them.
+    """
+    own = plan.split(tensors)
+    operands = [(plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v)]
+    if observing:
+        for code, name, value in operands:
+            if code is not None:
+                code.observe(value, *own[name], context, tokens)
+    q, k, v = (_quantised(code, value, own[name], (context, tokens)) for code, name, value in operands)
+    step = _Step(plan, scale, own, (context, tokens), keys)
+    return torch.cat(
+        [step.forward(q, k, v, mask, begin, observing).output for begin in range(0, q.shape[2], QUERIES)], 2
+    )
+
+
+class TransformedAttention(torch.autograd.Function):
+    """`transformed_attention` with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: AttentionPlan,
+        observing: bool,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        context: Tensor | None,
+        tokens: Tensor | None,
+        keys: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(q, k, v, mask, context, tokens, keys, *tensors)
+        return transformed_attention(plan, observing, scale, q, k, v, mask, context, tokens, keys, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        plan = ctx.plan
+        q, k, v, mask, context, tokens, keys, *tensors = ctx.saved_tensors
+        if torch.compiler.is_compiling() and context is not None:
+            context = torch.ops.newcompute.after(context, grad)
+        own, place = plan.split(tensors), (context, tokens)
+        exact = (q, k, v)
+        (q, pull_q), (k, pull_k), (v, pull_v) = (
+            (value, lambda g: g) if code is None else code.regenerate(value, *own[name], *place)
+            for code, name, value in ((plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v))
+        )
+        step = _Step(plan, ctx.scale, own, place, keys)
+        chosen = exact if plan.exact else (q, k, v)
+        grad_q, grad_k, grad_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for begin in range(0, q.shape[2], QUERIES):
+            done = step.forward(q, k, v, mask, begin, observing=False)
+            of_q, of_k, of_v = step.backward(done, chosen, grad[:, :, begin : begin + QUERIES], begin)
+            grad_q.append(of_q)
+            visible = of_k.shape[2]
+            grad_k = torch.cat([grad_k[:, :, :visible] + of_k, grad_k[:, :, visible:]], 2)
+            grad_v = torch.cat([grad_v[:, :, :visible] + of_v, grad_v[:, :, visible:]], 2)
+        grads = pull_q(torch.cat(grad_q, 2).to(q.dtype)), pull_k(grad_k.to(k.dtype)), pull_v(grad_v.to(v.dtype))
+        return None, None, None, *grads, None, None, None, None, *(None for _ in tensors)
+
+
+@dataclass
+class _Done:
+    """What some queries have computed."""
+
+    output: Tensor
+    """(B, H, t, E)"""
+    exact_probabilities: Tensor
+    """(B, H, t, S) float32, before they are rounded."""
+    probabilities: Tensor
+    scores_kept: Tensor | None
+    """Which scores were not clipped."""
+    output_kept: Tensor | None
+
+
+@dataclass
+class _Step:
+    """The computation for some queries at a time."""
+
+    plan: AttentionPlan
+    scale: float
+    own: dict[str, Sequence[Tensor]]
+    place: Place
+    keys: Tensor | None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, begin: int, observing: bool) -> _Done:
+        plan, length = self.plan, q.shape[2]
+        part = q[:, :, begin : begin + QUERIES]
+        queries = slice(begin, begin + part.shape[2])
+        visible = k.shape[2] - length + queries.stop if mask is None else k.shape[2]
+        k, v = k[:, :, :visible], v[:, :, :visible]
+        scores, scores_kept = self._product(plan.scores, "scores", part, k.transpose(-1, -2), queries, observing)
+        scores = scores.float() * self.scale
+        exact = torch.softmax(_masked(scores, mask, queries, begin), -1)
+        rounded = exact
+        if plan.probabilities is not None:
+            rounded = plan.probabilities.forward(exact, *self.own["probabilities"], *self.place)
+        output, output_kept = self._product(plan.context, "context", rounded.to(v.dtype), v, queries, observing)
+        return _Done(output.to(v.dtype), exact, rounded, scores_kept, output_kept)
+
+    def backward(
+        self, done: _Done, operands: tuple[Tensor, Tensor, Tensor], grad: Tensor, begin: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of these queries, and of the keys and values that they see, float32."""
+        q, k, v = operands
+        exact = done.exact_probabilities
+        visible, heads = exact.shape[-1], k.shape[1]
+        part, k, v = q[:, :, begin : begin + exact.shape[2]], k[:, :, :visible], v[:, :, :visible]
+        grad = grad if done.output_kept is None else torch.where(done.output_kept, grad, 0)
+        multiplied = (exact if self.plan.exact else done.probabilities).to(v.dtype)
+        of_v = _matmul_kv(multiplied.transpose(-1, -2), grad, heads)
+        of_p = _matmul(grad, v.transpose(-1, -2)).float()
+        of_s = exact * (of_p - (of_p * exact).sum(-1, keepdim=True)) * self.scale
+        of_s = of_s if done.scores_kept is None else torch.where(done.scores_kept, of_s, 0)
+        of_s = of_s.to(k.dtype)
+        return _matmul(of_s, k), _matmul_kv(of_s.transpose(-1, -2), part, heads).float(), of_v.float()
+
+    def _product(
+        self, code: ProductCode | None, name: str, left: Tensor, right: Tensor, queries: slice, observing: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A product (B, H, t, N) after noise and conversion, and which of it was not clipped."""
+        acc = _matmul(left, right)
+        if code is None:
+            return acc, None
+        own = self.own[name]
+        if observing:
+            code.observe(acc, own)
+        acc = acc.float()
+        uniform = None
+        if code.photons:
+            magnitudes = _matmul(left.abs(), right.abs()).float()
+            variance = own[-2 if code.blended else -1] * magnitudes / code.photons
+            strength = own[-1] if code.blended else 1.0
+            acc = acc + variance.sqrt() * self._drawn(lane_normals, own[0][2:], acc, queries, name) * strength
+        if code.converter is None:
+            return acc, None
+        if code.converter.stochastic:
+            uniform = self._drawn(lane_uniforms, own[0][:2], acc, queries, name)
+        return convert(code.converter, acc, own[code.stochastic], uniform, own[-1] if code.blended else None)
+
+    def _drawn(self, draw: Any, key: Tensor, acc: Tensor, queries: slice, name: str) -> Tensor:
+        """A number for each element of a product."""
+        context, tokens = self.place
+        assert context is not None
+        batch, heads, rows, width = acc.shape
+        if tokens is None:
+            position = torch.arange(queries.start, queries.stop, device=acc.device).expand(batch, rows)
+            sample = (context[2] + torch.arange(batch, device=acc.device))[:, None].expand(batch, rows)
+        else:
+            position, sample = tokens[0][:, queries], tokens[1][:, queries]
+        size = (batch, heads, rows)
+        lanes = (self.plan.first_head + torch.arange(heads, device=acc.device))[:, None].expand(size)
+        where = (position[:, None].expand(size), sample[:, None].expand(size), context[0])
+        drawn = draw(key, lanes, width, where)
+        if name != "scores" or self.keys is None:
+            return drawn
+        keys = self.keys[..., :width]
+        if keys.dim() == 1:
+            return drawn.index_select(-1, keys)
+        return drawn.gather(-1, keys[:, None, None].expand(*size, -1))
+
+
+def _quantised(code: QuantiseCode | None, value: Tensor, own: Sequence[Tensor], place: Place) -> Tensor:
+    return value if code is None else code.forward(value, *own, *place)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """(B, H, t, N) from (B, H, t, M) and (B, K, M, N), each of K for H / K heads."""
+    heads = right.shape[1]
+    if left.shape[1] == heads:
+        return left @ right
+    return (left.unflatten(1, (heads, -1)) @ right[:, :, None]).flatten(1, 2)
+
+
+def _matmul_kv(left: Tensor, right: Tensor, heads: int) -> Tensor:
+    """(B, K, M, N) from (B, H, M, t) and (B, H, t, N): summed over the heads that share keys and values."""
+    found = left @ right
+    return found if found.shape[1] == heads else found.unflatten(1, (heads, -1)).sum(2)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, queries: slice, begin: int) -> Tensor:
+    """Scores with those of keys that a query does not see out of the way."""
+    least = torch.finfo(torch.float32).min  # not -inf: a query without any key, a pad, stays finite
+    if mask is None:
+        visible, rows = scores.shape[-1], scores.shape[2]
+        own = torch.arange(visible - rows, visible, device=scores.device)[:, None]
+        return scores.masked_fill(torch.arange(visible, device=scores.device) > own, least)
+    mask = mask[:, :, queries, : scores.shape[-1]]
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, least)
+    return (scores + mask.float()).clamp(min=least)

@@ -1,0 +1,234 @@
+"""The product of an analog engine: tiles, noise, conversion, and the digital sum.
+
+    y = sum over tiles t of A( x_t w_t^T + e_t ) + b
+
+where a tile is a range of consecutive inputs that one physical array multiplies (all of them where `tile` is 0), e_t its
+noise and A the converter: a quantiser of `transforms/quantise.py` over a tracked range.
+
+*Shot noise.* Light carries the product of a weight and an input as photons. With `photons` of them, on average, for a
+multiply-accumulate at full scale (|x| = r_x and |w| = r_w, the ranges of the operands), Poisson statistics on the positive
+and the negative rail give a sum the variance
+
+    Var e = r_x r_w sum_k |x_k w_k| / photons
+
+which is drawn from a normal distribution (a sum of many Poisson counts).
+
+Backward is straight-through: where the converter clipped a tile's sum, that tile gets no gradient. Of this one bit for each
+element is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transforms.context import Noise
+from transforms.effect import Effect
+from transforms.noise import stream_key
+from transforms.operands import Operand, lane_normals, lane_uniforms, positions_and_samples
+from transforms.quantise import QuantiseCode
+from transforms.ranges import Range
+from transforms.scales import Scaling
+
+Place: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""Context and tokens."""
+
+
+@dataclass(frozen=True)
+class ProductCode(Operand):
+    """What happens to the sums that an array makes, and how wide it is."""
+
+    converter: QuantiseCode | None
+    """Over a tracked range."""
+    tile: int = 0
+    photons: float = 0.0
+    blended: bool = False
+    """A strength below 1 weakens noise and conversion."""
+    weight: Scaling | None = None
+    """How devices that share a weight agree on its largest value."""
+    first_column: int = 0
+    first_tile: int = 0
+    """Of the first of these inputs."""
+    of_weight = False
+    persistent = False
+    first_row = columns = 0
+
+    @property
+    def stochastic(self) -> bool:
+        return self.photons > 0 or (self.converter is not None and self.converter.stochastic)
+
+    def tiles(self, width: int) -> Iterator[slice]:
+        step = self.tile or width
+        return (slice(begin, min(begin + step, width)) for begin in range(0, width, step))
+
+    def convert(
+        self, acc: Tensor, own: Sequence[Tensor], place: Place, tile: int = 0, variance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums (..., out) after noise and conversion, float32, and which of them were not clipped.
+
+        Args:
+            own: as `Product.tensors`.
+            place: context and tokens.
+            variance: of the noise.
+        """
+        acc, (context, tokens) = acc.float(), place
+        if self.stochastic:
+            assert context is not None
+            position, sample = positions_and_samples(acc, context, tokens)
+            lanes = torch.full_like(position, self.first_tile + tile)
+            where = (position, sample, context[0])
+        if variance is not None:
+            noise = self.drawn(lane_normals, own[0][2:], lanes, acc, where)
+            strength = own[-1] if self.blended else 1.0
+            acc = acc + variance.sqrt() * noise * strength
+        if self.converter is None:
+            return acc, None
+        uniform = self.drawn(lane_uniforms, own[0][:2], lanes, acc, where) if self.converter.stochastic else None
+        return convert(self.converter, acc, own[self.stochastic], uniform, own[-1] if self.blended else None)
+
+    def through(
+        self, acc: Tensor, own: Sequence[Tensor], place: Place, observing: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The conversion of finished sums, in their dtype, and which of them were not clipped."""
+        if observing:
+            self.observe(acc, own)
+        found, kept = self.convert(acc, own, place)
+        return found.to(acc.dtype), kept
+
+    def drawn(self, draw: Any, key: Tensor, lanes: Tensor, acc: Tensor, where: tuple) -> Tensor:
+        """A number for each sum, in the columns that stand here."""
+        whole = draw(key, lanes, self.first_column + acc.shape[-1], where)
+        return whole[..., self.first_column :]
+
+    def observe(self, acc: Tensor, own: Sequence[Tensor]) -> None:
+        if self.converter is not None:
+            seen = own[self.stochastic + 1]
+            seen.copy_(torch.maximum(seen, acc.detach().abs().amax().float()))
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (..., in) and weight (out, in) -> the sum (..., out), and which tiles' sums were not clipped, packed."""
+        total, packed = None, []
+        for i, part in enumerate(self.tiles(x.shape[-1])):
+            acc = F.linear(x[..., part], weight[:, part])
+            if observing:
+                self.observe(acc, own)
+            variance = None
+            if self.photons:
+                # The inputs' range comes behind what is the converter's own.
+                assert self.weight is not None
+                full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
+                magnitudes = F.linear(x[..., part].abs(), weight[:, part].abs()).float()
+                variance = full_scale * magnitudes / self.photons
+            converted, kept = self.convert(acc, own, place, i, variance)
+            total = converted if total is None else total + converted
+            packed += [] if kept is None else [pack(kept)]
+        assert total is not None
+        return total.to(x.dtype), torch.stack(packed) if packed else None
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor | None) -> tuple[Any, Any]:
+        """Functions that give the gradients of x and of the weight; each is computed only if called."""
+        parts = list(self.tiles(x.shape[-1]))
+
+        def masked(i: int) -> Tensor:
+            return grad if packed is None else torch.where(unpack(packed[i], grad.shape[-1]), grad, 0)
+
+        def of_x() -> Tensor:
+            return torch.cat([masked(i) @ weight[:, part] for i, part in enumerate(parts)], -1)
+
+        def of_weight() -> Tensor:
+            flat = [masked(i).reshape(-1, grad.shape[-1]).t() for i in range(len(parts))]
+            return torch.cat([g @ x[..., part].reshape(g.shape[1], -1) for g, part in zip(flat, parts)], -1)
+
+        return of_x, of_weight
+
+
+def convert(
+    code: QuantiseCode, acc: Tensor, range_: Tensor, uniform: Tensor | None, strength: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a converter makes of sums, float32, and which of them were within its range; all, before it is known."""
+    scale = code.scaling.scale(acc, code.form, range_)
+    found = code.form.round(acc / scale, uniform) * scale
+    found = torch.where(range_ > 0, found, acc)
+    if strength is not None:
+        found = torch.where(strength < 1, torch.lerp(acc, found, strength), found)
+    return found, (acc.abs() <= range_) | (range_ <= 0)
+
+
+_BITS = 8
+
+
+def pack(mask: Tensor) -> Tensor:
+    """(..., N) bool as (..., N / 8) uint8, the last filled up."""
+    missing = -mask.shape[-1] % _BITS
+    bits = F.pad(mask.to(torch.uint8), (0, missing)) if missing else mask.to(torch.uint8)
+    weights = 1 << torch.arange(_BITS, device=mask.device, dtype=torch.uint8)
+    return (bits.unflatten(-1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """What was packed."""
+    weights = 1 << torch.arange(_BITS, device=packed.device, dtype=torch.uint8)
+    return ((packed[..., None] & weights) != 0).flatten(-2)[..., :width]
+
+
+class Product(Effect):
+    """The module of a `ProductCode`.
+
+    Args:
+        range_: of the converter.
+        full_scale: ranges of the operands, for shot noise, but for that of a linear layer's weight.
+    """
+
+    def __init__(
+        self,
+        noise: Noise,
+        name: str,
+        code: ProductCode,
+        stream: str = "",
+        range_: Range | None = None,
+        full_scale: Sequence[Range] = (),
+        role: str = "acc",
+    ):
+        super().__init__(noise, name, role, stream)
+        self.code, self.range = code, range_
+        self.of_operands = tuple(full_scale)  # other modules'
+        if code.stochastic:
+            self.register_buffer("table", torch.empty(4, dtype=torch.int64), persistent=False)
+        if code.blended:
+            self.register_buffer("strength", torch.ones(1), persistent=False)
+        if range_ is not None:
+            noise.track(self.label, range_)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """(4,) int64, keys of rounding and noise; the converter's range in use and the largest sum seen; the inputs' range;
+        the strength. Each where it is needed."""
+        own = [self.table] if self.code.stochastic else []
+        own += self.range.tensors if self.range is not None else []
+        if self.code.photons:
+            full_scale = torch.ones_like(self.of_operands[0].used)
+            for range_ in self.of_operands:
+                full_scale = full_scale * range_.in_use
+            own += [full_scale]
+        own += [self.strength] if self.code.blended else []
+        return tuple(own)
+
+    def fill(self, seed: int, phase: str) -> None:
+        if self.code.stochastic:
+            rounding = self.key(seed, phase)
+            noise = stream_key(seed, self.name, f"{self.role} noise", f"{phase}|{self.stream}")
+            self.write(self.table, [*rounding, *noise])
+        if self.code.blended:
+            self.set_strength(1.0)
+
+    @torch.no_grad()
+    def set_strength(self, strength: float) -> None:
+        if self.code.blended and not self.strength.is_meta:
+            self.strength.fill_(strength)
