@@ -18,7 +18,7 @@ from evals.text import Protocol, evaluate_text
 from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
 from train.export import PROVENANCE, is_run_or_checkpoint, open_trained
 from transforms.apply import TransformError, table
-from transforms.specs import BitflipSpec, LoraSpec
+from transforms.specs import Hardware, LoraSpec
 
 OF_THE_RUN = "run"
 """The word that stands for the transforms a model was trained with."""
@@ -31,7 +31,7 @@ Measured = TypeVar("Measured")
 class TransformList:
     """Transforms to evaluate under, with what messages about them need."""
 
-    specs: list[BitflipSpec]
+    specs: list[Hardware]
     origins: list[str]
     """File of each."""
     seed: int = DEFAULT_SEED

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from transforms.apply import apply, remove
 from transforms.noise import philox_4x32
-from transforms.specs import BitflipSpec, LoraSpec
+from transforms.specs import Hardware, LoraSpec
 
 _MASK32 = 0xFFFFFFFF
 _OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state")
@@ -87,7 +87,7 @@ class NoisyModel:
         TransformError: a transform does not fit the model, which is as before then.
     """
 
-    def __init__(self, model: Any, specs: Sequence[BitflipSpec | LoraSpec], seed: int):
+    def __init__(self, model: Any, specs: Sequence[Hardware | LoraSpec], seed: int):
         self.model = model
         self.noise = apply(model, specs, seed)
         model.to(model.device)  # the effects' tables

@@ -22,10 +22,10 @@ from models.hf import write_json
 from train.export import PROVENANCE, describe, export_folder, is_run_or_checkpoint, open_trained
 from train.packed import BITNET, TORCHAO, Layout, PackedWeight, write_packed
 from transforms.apply import TransformError, is_transformed
+from transforms.devices import NORM_EPS
 from transforms.specs import TransformSpec
 
 _INTEGERS = re.compile("int[2-8]|ternary")
-_NORM_EPS = 1e-5
 PACKABLE = (
     'kind = "quantise" with weights of format int2 to int8 or ternary, rounded to the nearest, and inputs as they are '
     '(without norm); or weights ternary and input { format = "int8", scale = "row" }, with or without norm'
@@ -113,7 +113,7 @@ def _layout(spec: Any, index: int) -> Layout:
         raise refused
     if spec.input.format != "int8" or spec.input.scale not in (None, "row") or spec.input.rounding != "nearest":
         raise refused
-    return Layout(BITNET, _NORM_EPS if spec.norm else None)
+    return Layout(BITNET, NORM_EPS if spec.norm else None)
 
 
 def _name(spec: Any) -> str:
@@ -149,7 +149,10 @@ def packed_weight(name: str, layer: Any) -> PackedWeight:
     rows, columns = packed.block
     evaluated = (codes * scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)).to(layer.weight.dtype)
     if not torch.equal(evaluated, layer.weight):
-        raise ValueError(f"{name}: the evaluated weight is not a scale times whole numbers, and cannot be packed")
+        raise ValueError(
+            f"{name}: the evaluated weight is not a scale times whole numbers, and cannot be packed (a range that is learned "
+            "or tracked is not known before something was seen)"
+        )
     return packed
 
 

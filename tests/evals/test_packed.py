@@ -173,6 +173,7 @@ BAD = {
     "twice": (f'{PACKABLE["int8"]}\n[[transforms]]\nkind = "quantise"\n{PACKABLE["int8"]}', [], "has 2 effects"),
     "layout": (PACKABLE["int8"], ["--packed", "bitnet"], "inputs of these transforms are as they are"),
     "rounded inputs": (PACKABLE["bitnet"], ["--packed", "metal"], "rounded to int8, which needs bitnet"),
+    "unknown range": ('weight = { format = "int8", scale = "learned" }', [], "is not a scale times whole numbers"),
     "step": (PACKABLE["int8"], ["--step", "5"], "a Hugging Face folder has no steps"),
     "tied head": ('weight = { format = "int8" }\nmodules = ["lm_head"]', [], "shares its weight"),
 }  # fmt: skip
