@@ -11,7 +11,16 @@ import torch
 import torch._dynamo
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from evals.chips import read_transforms
 from evals.models import load_model
@@ -57,13 +66,16 @@ def uncompiled():
 
 
 def write_model(folder: Path, **changes: object) -> Path:
+    """A random Llama with logits far from uniform, and the byte tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 257, "max_position_embeddings": 64}  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
+    return save(LlamaForCausalLM(LlamaConfig(**sizes | changes)), folder)
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
     for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(5)
+        parameter.data.mul_(5) if parameter.dim() > 1 else parameter.data.add_(0.1)
     model.save_pretrained(folder)
     load_tokenizer("bytes", "").save_hf(folder)
     return folder
@@ -106,6 +118,23 @@ def test_a_packed_export_gives_the_evaluated_logits(name, folder, tmp_path, caps
     assert provenance["transforms"] == []
     before, after = (AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out"))
     assert after("héllo <|begin_of_text|>")["input_ids"] == before("héllo <|begin_of_text|>")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "bitnet"])
+def test_layers_with_biases_and_tied_heads_are_packed(name, tmp_path):
+    torch.manual_seed(0)
+    opt = OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=257,
+                    max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
+    folder = save(OPTForCausalLM(opt), tmp_path / "opt")
+    table = write_table(tmp_path / "table.toml", PACKABLE[name])
+    main(["export", "--model", str(folder), "--transforms", table, "--out", str(tmp_path / "out"), "--packed"])
+    tokens = torch.randint(0, 257, (8, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    expected = evaluated_logits(folder, table, tokens)
+    error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.sort().values[:6].max() < 1e-5
+    assert error.max() < (0.05 if name == "bitnet" else 1e-5)
 
 
 def test_packed_folders_are_evaluated_like_the_transformed_model(folder, tmp_path, monkeypatch):
@@ -175,6 +204,7 @@ BAD = {
     "rounded inputs": (PACKABLE["bitnet"], ["--packed", "metal"], "rounded to int8, which needs bitnet"),
     "unknown range": ('weight = { format = "int8", scale = "learned" }', [], "is not a scale times whole numbers"),
     "step": (PACKABLE["int8"], ["--step", "5"], "a Hugging Face folder has no steps"),
+    "no nn.Linear": (PACKABLE["int8"], [], "c_attn is no torch.nn.Linear"),
     "tied head": ('weight = { format = "int8" }\nmodules = ["lm_head"]', [], "shares its weight"),
 }  # fmt: skip
 
@@ -182,7 +212,11 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_exports_end_with_a_message_and_no_folder(name, folder, tmp_path, capsys):
     body, more, message = BAD[name]
-    model = write_model(tmp_path / "tied", tie_word_embeddings=True) if name == "tied head" else folder
+    if name == "no nn.Linear":
+        gpt2 = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=257, n_positions=64)
+        model = save(GPT2LMHeadModel(gpt2), tmp_path / "gpt2")
+    else:
+        model = write_model(tmp_path / "tied", tie_word_embeddings=True) if name == "tied head" else folder
     table = write_table(tmp_path / "table.toml", body)
     if name == "bit errors":
         Path(table).write_text(Path(table).read_text().replace("quantise", "bitflip"))
