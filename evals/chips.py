@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from evals.text import Protocol, evaluate_text
 from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
 from train.export import PROVENANCE, is_run_or_checkpoint, open_trained
 from transforms.apply import TransformError, table
-from transforms.specs import BitflipSpec
+from transforms.specs import Hardware, LoraSpec
 
 OF_THE_RUN = "run"
 """The word that stands for the transforms a model was trained with."""
@@ -31,7 +32,7 @@ Measured = TypeVar("Measured")
 class TransformList:
     """Transforms to evaluate under, with what messages about them need."""
 
-    specs: list[BitflipSpec]
+    specs: list[Hardware]
     origins: list[str]
     """File of each."""
     seed: int = DEFAULT_SEED
@@ -42,9 +43,20 @@ class TransformList:
 
         Raises:
             ConfigError: a transform does not fit the model; the model is as before then.
+            ValueError: the model is packed already.
         """
-        try:
+        if getattr(model.model, "is_quantized", False):
+            raise ValueError(
+                f"{model.name} holds packed weights, which transforms cannot act on: name the model that it was made from"
+            )
+        with self.blamed():
             return NoisyModel(model.model, self.specs, self.seed if seed is None else seed)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Turns a TransformError into a ConfigError that says in which file the transform stands."""
+        try:
+            yield
         except TransformError as error:
             spec, origin = self.specs[error.index], self.origins[error.index]
             key = f"transforms.{error.index}.modules"
@@ -82,7 +94,7 @@ def _validated(sources: Sources) -> TransformList:
     config, _ = validate(sources)
     kept = []
     for i, spec in enumerate(config.transforms):
-        if isinstance(spec, BitflipSpec):
+        if not isinstance(spec, LoraSpec):
             kept.append(spec)
         else:
             message = "adapters are weights: they come with the model, and an evaluation has none to train"

@@ -75,12 +75,13 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         if path.is_dir():
             _check_folder(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
+        # Packed layers compute in the type that they are loaded in, and some cannot change it later.
+        wanted = "auto" if dtype == "auto" and place.type == "cuda" else _named(dtype, torch.float32)
         try:
             masked = is_masked(AutoConfig.from_pretrained(reference, **trust))
             kind_of_model = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-            model, loaded = kind_of_model.from_pretrained(
-                reference, dtype="auto", use_safetensors=True, output_loading_info=True, **trust
-            )
+            options = {"use_safetensors": True, "output_loading_info": True, **_placement(path, place), **trust}
+            model, loaded = kind_of_model.from_pretrained(reference, dtype=wanted, **options)
             tokenizer = AutoTokenizer.from_pretrained(reference, **trust)
         except (OSError, ValueError, SafetensorError) as error:
             if "trust_remote_code" in str(error):
@@ -94,7 +95,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             raise ValueError(f"{reference!r} is a masked language model, but its tokenizer has no mask token")
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = _context(model), reference
-    kind = kind if dtype == "auto" else getattr(torch, dtype)
+    kind = _named(dtype, kind)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name, masked)
 
 
@@ -133,6 +134,20 @@ def _context(model: Any) -> int:
         if isinstance(positions, torch.nn.Embedding) and positions.padding_idx is not None:
             return positions.num_embeddings - positions.padding_idx - 1
     return getattr(model.config, "max_position_embeddings", 2048)
+
+
+def _named(dtype: str, auto: torch.dtype) -> torch.dtype:
+    return auto if dtype == "auto" else getattr(torch, dtype)
+
+
+def _placement(path: Path, place: torch.device) -> dict[str, Any]:
+    """Where transformers has to be told: packed weights in the metal layout go to an Apple GPU otherwise."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {"device_map": place} if config["quantization_config"]["quant_method"] == "metal" else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}  # what is wrong with the file, transformers says
 
 
 def _check_folder(folder: Path) -> None:

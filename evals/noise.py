@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from transforms.apply import apply, remove
 from transforms.noise import philox_4x32
-from transforms.specs import BitflipSpec, LoraSpec
+from transforms.specs import Hardware, LoraSpec
 
 _MASK32 = 0xFFFFFFFF
 _OTHER_STATES = ("cache_params", "mems", "past_buckets_states", "state")
@@ -88,7 +88,7 @@ class NoisyModel:
         ValueError: the model computes in a way that bypasses its linear layers.
     """
 
-    def __init__(self, model: Any, specs: Sequence[BitflipSpec | LoraSpec], seed: int):
+    def __init__(self, model: Any, specs: Sequence[Hardware | LoraSpec], seed: int):
         if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
             raise ValueError(
                 "BLOOM with slow_but_exact multiplies slices of its weights in a way of its own and would bypass the "

@@ -11,13 +11,15 @@ from evals.chips import TransformList, Trials, record, text_over_chips
 from evals.masked import MaskedProtocol
 from evals.models import EvalModel
 from evals.text import Protocol, evaluate_text
-from transforms.specs import BitflipSpec, CellFaults
+from transforms.specs import BitflipSpec, CellFaults, Hardware
 
 FIGURES = ("perplexity", "perplexity_std", "perplexity_per_chip", "non_finite_chips")
 
 
-def at_probability(spec: BitflipSpec, p: float) -> BitflipSpec:
-    """The same effect with every probability that is not zero set to `p`."""
+def at_probability(spec: Hardware, p: float) -> Hardware:
+    """The same effect with every probability that is not zero set to `p`; effects without any as they are."""
+    if not isinstance(spec, BitflipSpec):
+        return spec
 
     def faults(of: CellFaults | None) -> CellFaults | None:
         if of is None:

@@ -105,12 +105,25 @@ def _report_parser(commands: Any) -> None:
 
 def _export_parser(commands: Any) -> None:
     parser = commands.add_parser("export", help="write a run's weights and tokenizer as a Hugging Face folder")
-    parser.add_argument(
-        "--run", required=True, dest="source", metavar="RUN", help="run folder or one of its checkpoints"
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", dest="source", metavar="RUN", help="run folder or one of its checkpoints")
+    source.add_argument("--model", metavar="DIR", help="with --packed: a Hugging Face folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--step", type=int, help="step to export (default: the latest complete one)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--packed",
+        nargs="?",
+        const="auto",
+        choices=["auto", "torchao", "metal", "bitnet"],
+        help="store the integers that quantising transforms round weights to, in a layout that transformers loads",
+    )
+    parser.add_argument(
+        "--transforms",
+        nargs="+",
+        metavar="FILE.toml",
+        help='with --packed: files of [[transforms]] tables (default "run": those it was trained with)',
+    )
     parser.set_defaults(run=_export)
 
 
@@ -280,11 +293,32 @@ def _rows(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.packed:
+        _export_packed(options)
+        return
+    for name in ("model", "transforms"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: only with --packed; without, an export is of a run's plain weights")
     from train.export import export, open_trained
 
     trained = open_trained(Path(options.source), options.step)
     export(trained, Path(options.out), options.dtype)
     print(f"{trained.checkpoint} -> {options.out}")
+
+
+def _export_packed(options: argparse.Namespace) -> None:
+    if options.model is not None and options.step is not None:
+        raise ValueError("--step: a Hugging Face folder has no steps, only a run (--run) has")
+    from evals.chips import read_transforms
+    from evals.packed import export_packed
+    from train.export import open_trained
+
+    reference = options.model
+    if reference is None:
+        reference = str(open_trained(Path(options.source), options.step).checkpoint)
+    transforms = read_transforms(options.transforms or ["run"], reference)
+    total = export_packed(reference, transforms, Path(options.out), options.packed, options.dtype)
+    print(f"{reference} -> {options.out} ({total / 1e6:,.1f} MB of weights)")
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -194,16 +194,25 @@ def check_names(weights: HFWeights, expected: dict[str, torch.Size], shape: Llam
 
 
 def write_safetensors(folder: Path, groups: Iterable[dict[str, Tensor]], shape: LlamaShape, dtype: torch.dtype) -> int:
-    """Write groups of tensors, one file each, with an index where there are several; returns the bytes written.
+    """`write_files` of a Llama's weights in one type, without the padding rows of the vocabulary."""
+    return write_files(
+        folder,
+        ({name: strip_padding(name, tensor, shape).to(dtype) for name, tensor in group.items()} for group in groups),
+    )
 
-    Padding rows of the vocabulary are left off. Groups come lazily, so that a 70B model needs the memory of one file.
+
+def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], metadata: dict[str, str] | None = None) -> int:
+    """Write groups of tensors, one safetensors file each, with an index where there are several.
+
+    Groups come lazily, so that a 70B model needs the memory of one file. `metadata` stands in the head of every file.
+    Returns the bytes written.
     """
     written: list[tuple[Path, list[str]]] = []
     total = 0
     for i, group in enumerate(groups):
-        tensors = {name: strip_padding(name, tensor, shape).to(dtype).contiguous() for name, tensor in group.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in group.items()}
         path = folder / f"part-{i:05d}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
         path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         written.append((path, list(tensors)))
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,19 @@ def open_trained(path: Path, step: int | None = None) -> TrainedModel:
 def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
     """Write a Hugging Face folder: weights, config.json, generation_config.json, tokenizer, and where it came from.
 
-    The folder appears by a rename once it is whole; an earlier export there is replaced, anything else is not.
+    Raises:
+        ValueError: `out` holds something that is no export of ours.
+    """
+    with export_folder(out) as folder:
+        describe(model, folder, dtype)
+        write_safetensors(folder, _groups(model), model.shape, getattr(torch, dtype))
+
+
+@contextmanager
+def export_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` by a rename once it is whole.
+
+    An earlier export there is replaced, anything else is not.
 
     Raises:
         ValueError: `out` holds something that is no export of ours.
@@ -111,14 +124,25 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
     partial = out.with_name(f".{out.name}.export")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(partial, out)
+
+
+def describe(model: TrainedModel, folder: Path, dtype: str) -> None:
+    """Write all of an export but the weights."""
     config = model.hf_config(dtype)
-    write_json(partial / "config.json", config)
+    write_json(folder / "config.json", config)
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
-    write_json(partial / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-    write_safetensors(partial, _groups(model), model.shape, getattr(torch, dtype))
+    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     if model.tokenizer is not None:
-        model.tokenizer.save_hf(partial)
-        _limit_length(partial / "tokenizer_config.json", model.context)
+        model.tokenizer.save_hf(folder)
+        _limit_length(folder / "tokenizer_config.json", model.context)
     provenance = {
         "run": model.config.run.name,
         "step": model.commit.step,
@@ -127,10 +151,7 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
         "noise_seed": model.config.noise_seed,
     }
-    write_json(partial / PROVENANCE, provenance)
-    if out.exists():
-        shutil.rmtree(out)
-    os.rename(partial, out)
+    write_json(folder / PROVENANCE, provenance)
 
 
 def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
