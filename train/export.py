@@ -117,6 +117,7 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
         "tokens": model.commit.step * model.config.tokens_per_step,
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
         "noise_seed": model.config.noise_seed,
+        "tokenizer": model.commit.tokenizer,
     }
     write_json(partial / PROVENANCE, provenance)
     if out.exists():
