@@ -12,6 +12,7 @@ gathered weights are freed. Its logits come first, so that they are all that is 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ class Teacher:
         (self.model,) = built.parts
         _load(built.parts, files)
         self.model.eval()
+        # FSDP says so of every model whose logits are handed on without the vocabulary's padding; nothing writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._losses: Callable[..., tuple[Tensor, Tensor]] = distillation_losses
         if config.compile.enabled:
             self._losses = torch.compile(distillation_losses, fullgraph=True, backend=config.compile.backend)

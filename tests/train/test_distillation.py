@@ -145,8 +145,8 @@ def test_first_step_against_plain_torch(folder, text_corpus, teacher, monkeypatc
     losses = [loss / targets.numel() for loss in plain_losses(student(tokens), taught, targets)]
     ((1 - WEIGHT) * losses[0] + WEIGHT * losses[1]).backward()
     logged = read_metrics(folder / "plain")[0]
-    assert logged["loss"] == pytest.approx(float(losses[0]), rel=1e-6)
-    assert logged["distillation_loss"] == pytest.approx(float(losses[1]), rel=1e-6)
+    assert logged["loss"] == pytest.approx(losses[0].item(), rel=1e-6)
+    assert logged["distillation_loss"] == pytest.approx(losses[1].item(), rel=1e-6)
     wanted = {name: parameter.grad for name, parameter in student.named_parameters()}
     assert record.gradients[0].keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -226,7 +226,8 @@ def test_effects_are_the_students_alone(references, folder, text_corpus, teacher
     monkeypatch.setattr(Teacher, "__init__", noting)
     same = settings(teacher, checkpoint__resume=teacher, training__steps=61, validation__interval=0, **WIDER)
     clean = here(folder, text_corpus, "itself", **same)
-    noisy = here(folder, text_corpus, "itself-noisy", **same, transforms=BITFLIP)
+    half = '[{ kind = "bitflip", weight = { mantissa = 0.5 } }]'  # of the mantissas' bits
+    noisy = here(folder, text_corpus, "itself-noisy", **same, transforms=half)
     assert len(clean) == len(noisy) == 1
     assert abs(clean[0]["distillation_loss"]) < 1e-6
     assert noisy[0]["distillation_loss"] > 1e-4
@@ -269,8 +270,8 @@ def test_an_export_is_the_same_teacher(references, folder, text_corpus, exported
 
 
 def test_a_student_comes_closer_to_its_teacher(folder, text_corpus, teacher):
-    """On held-out rows, after 60 steps with the teacher alone and with the text alone."""
-    plain = {"training__steps": 60, "checkpoint__interval": 60, "validation__interval": 0}
+    """On held-out rows, after 200 steps with the teacher alone and with the text alone."""
+    plain = {"training__steps": 200, "checkpoint__interval": 200, "validation__interval": 0}
     learned = settings(teacher, **plain, distillation__weight=1.0, schedule__warmup_steps=4)
     here(folder, text_corpus, "with", **learned)
     here(folder, text_corpus, "without", **plain)
@@ -282,7 +283,7 @@ def test_a_student_comes_closer_to_its_teacher(folder, text_corpus, teacher):
         for name in ("with", "without"):
             logits = plain_model(folder / name)(rows)
             apart[name] = float(kl_divergence(Categorical(logits=taught), Categorical(logits=logits)).mean())
-    assert apart["with"] < 0.8 * apart["without"], apart
+    assert apart["with"] < 0.5 * apart["without"], apart
 
 
 # What is refused
