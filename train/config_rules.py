@@ -208,11 +208,8 @@ def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterat
         return
     if shape is not None:
         yield from layout_problems(config, shape, degrees)
-    if config.distillation.teacher:
-        for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
-            if degree > 1:
-                message = "distillation compares all logits of a token on one device: use parallel.shard, or no teacher"
-                yield Problem(message, f"parallel.{name}", degree)
+    else:
+        yield from _teachers_layout(config, degrees)
     for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
         if degree > 1 and any(spec.kind == "lora" for spec in config.transforms):
             message = "adapters are small and are not split this way: use parallel.shard"
@@ -259,8 +256,9 @@ def _pipeline_problems(config: Config, degrees: Degrees, micro_batch: int) -> It
 
 
 def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iterator[Problem]:
-    """What the shape of a model and the length of its rows say about degrees."""
+    """What the shape of a model, the length of its rows and a teacher say about degrees."""
     parallel, length = config.parallel, config.training.sequence_length
+    yield from _teachers_layout(config, degrees)
     if degrees.tensor > 1:
         counts = {
             "KV heads": shape.num_kv_heads,
@@ -302,6 +300,13 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
         if shape.tied_embeddings:
             message = "embedding and head share a weight, and stand at the two ends of a pipeline: use shard or tensor"
             yield Problem(message, "parallel.pipeline", parallel.pipeline)
+
+
+def _teachers_layout(config: Config, degrees: Degrees) -> Iterator[Problem]:
+    for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
+        if config.distillation.teacher and degree > 1:
+            message = "distillation compares all logits of a token on one device: use parallel.shard, or no teacher"
+            yield Problem(message, f"parallel.{name}", degree)
 
 
 def _odd_one(parallel: ParallelConfig) -> tuple[str, int]:

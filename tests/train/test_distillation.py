@@ -15,16 +15,20 @@ from torch.distributions import Categorical, kl_divergence
 from models.llama import Llama
 from models.loss import IGNORE
 from models.sizes import LlamaShape
+from train.config import named_shape
 from train.config_sources import ConfigError, load_config
 from train.distillation import Teacher, distillation_losses
 from train.export import export, open_trained
 from train.job import JobError, run_job
+from train.plan import plan_lines
+from train.plan_search import suggest
+from train.plan_time import GPUS
 from train.trainer import Trainer
 from transforms.apply import is_transformed
 
 WEIGHT, TEMPERATURE = 0.3, 1.7
 WIDER = {"model__shape__dim": 48, "model__shape__num_layers": 3, "model__shape__ffn_dim": 96}
-BITFLIP = '[{ kind = "bitflip", weight = { mantissa = 1e-2 } }]'
+BITFLIP = '[{ kind = "bitflip", modules = ["*_proj", "lm_head"], weight = { mantissa = 1e-2 }, output = { mantissa = 1e-3 } }]'
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +352,7 @@ def test_a_teacher_that_is_no_llama(folder, text_corpus):
     [
         (2, {"parallel.tensor": 2}, "parallel.tensor"),
         (2, {"parallel.pipeline": 2, "training.micro_batch_size": 1}, "parallel.pipeline"),
+        (2, {"parallel.tensor": 2, "model.init_from": "hf:y"}, "parallel.tensor"),
         (1, {"training.loss_chunk_tokens": 64}, "training.loss_chunk_tokens"),
         (1, {"distillation.teacher": "hf:"}, "distillation.teacher"),
         (1, {"distillation.weight": 0}, "distillation.weight"),
@@ -364,3 +369,23 @@ def test_settings_that_do_not_go_together(world_size, changes, message):
     with pytest.raises(ConfigError) as refused:
         load_config([], flags, world_size)
     assert [problem.key for problem in refused.value.problems] == [message]
+
+
+def test_suggested_layouts_have_a_teacher_in_them():
+    """`newcompute plan --suggest` proposes nothing that the run would then refuse."""
+    flags = ["--model.name", "llama3", "--model.size", "8B", "--training.global_batch_size", "64"]
+    degrees = {}
+    for teacher in ("", "x"):
+        config = load_config([], [*flags, "--distillation.teacher", teacher])
+        found = suggest(config, named_shape(config.model, 128256), 16, GPUS["h100"], 0.4)
+        degrees[teacher] = {(candidate.setup.degrees.tensor, candidate.setup.degrees.pipeline) for candidate in found}
+    assert len(degrees[""]) > 1
+    assert degrees["x"] == {(1, 1)}
+
+
+def test_the_plan_names_clipping_and_teacher():
+    flags = ["--distillation.teacher", "outputs/clean", "--robust.clip_weights", "2.5", "--robust.clip_per", "tensor"]
+    config = load_config([], flags)
+    lines = plan_lines(config, named_shape(config.model, 300), "", 1, 0.4)
+    assert "clipping     weights at 2.5 standard deviations of their tensor" in lines
+    assert "distillation from outputs/clean; its memory and time are not counted below" in lines
