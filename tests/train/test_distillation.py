@@ -184,7 +184,9 @@ AOT = {"compile__enabled": "true", "compile__backend": "aot_eager"}
         pytest.param(1, {"compile__enabled": "true"}, {}, marks=pytest.mark.slow),
         (2, {"parallel__shard": 2}, {}),
         (2, {"parallel__shard": 2, "parallel__cpu_offload": "true", "parallel__reshard_after_forward": "true"}, {}),
-        (2, {"parallel__replicate": 2, "activation_checkpointing__mode": "selective"}, {}),
+        pytest.param(
+            2, {"parallel__replicate": 2, "activation_checkpointing__mode": "selective"}, {}, marks=pytest.mark.slow
+        ),
         (2, {"parallel__context": 2}, {}),
         (2, {"parallel__shard": 2, **AOT, "activation_checkpointing__mode": "full"}, {"transforms": BITFLIP}),
         (2, {"parallel__context": 2}, {"training__document_mask": "true"}),
