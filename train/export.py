@@ -150,6 +150,7 @@ def describe(model: TrainedModel, folder: Path, dtype: str) -> None:
         "tokens": model.commit.step * model.config.tokens_per_step,
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
         "noise_seed": model.config.noise_seed,
+        "tokenizer": model.commit.tokenizer,
     }
     write_json(folder / PROVENANCE, provenance)
 
