@@ -79,6 +79,8 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
     parts, stages = [model], [0]
     if mesh.pipeline.size() > 1:
         parts, stages = _stages(model, config, mesh)
+        if noise is not None:
+            noise.keep_ranges(parts)
     for part in parts:
         checkpoint_and_compile(part, config, mesh, noise)
         shard(part, config, mesh)

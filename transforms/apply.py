@@ -27,9 +27,10 @@ from transforms.attention import TransformedAttention, transformed_attention
 from transforms.context import Noise
 from transforms.describe import describe
 from transforms.devices import DeviceError, Site, Stages, attention_stages, stages
+from transforms.effect import noted_places
 from transforms.linear import Plan, TransformedLinear, TransformedOutput, transformed_linear
 from transforms.lora import LowRank
-from transforms.product import ProductCode
+from transforms.product import Product
 from transforms.specs import Hardware, LoraSpec
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
@@ -227,7 +228,7 @@ def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, s
     kept = [effect for effect in of_weight if not effect.hardware], [e for e in layer.input_effects if not e.hardware]
     exact = (len(kept[0]), len(kept[1])) if layer.exact else None
     # Sums that are split over devices are converted after their exchange.
-    product = None if layer.product is None or _converts_sums(layer) else layer.product.code
+    product = None if layer.product is None or _converts_sums(layer) else layer.product
     layer.plan = _plan(of_weight, layer.input_effects, transposed, product, exact)
     layer.clean_plan = _plan(*kept, transposed)
 
@@ -293,7 +294,7 @@ def _plan(
     of_weight: Sequence[Any],
     of_input: Sequence[Any],
     transposed: bool,
-    product: ProductCode | None = None,
+    product: Product | None = None,
     exact: tuple[int, int] | None = None,
 ) -> Plan:
     return Plan(
@@ -302,7 +303,8 @@ def _plan(
         tuple(effect.code for effect in of_input),
         tuple(len(effect.tensors) for effect in of_input),
         transposed,
-        product,
+        None if product is None else product.code,
+        noted_places([*of_weight, *of_input, *([] if product is None else [product])]),
         exact,
     )
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transforms.effect import noted_places, saved
 from transforms.operands import Draw, lane_normals, lane_uniforms
 from transforms.product import Place, Product, ProductCode, convert
 from transforms.quantise import Quantise, QuantiseCode
@@ -44,6 +45,8 @@ class AttentionPlan:
     counts: tuple[int, ...]
     first_head: int = 0
     """Number of the first head that is here."""
+    noted: frozenset[int] = frozenset()
+    """Which of the tensors forwards write to."""
     exact: bool = False
     """Gradients use q, k, v and P as they are before the hardware."""
 
@@ -63,12 +66,16 @@ class AttentionEffects(nn.Module):
         self.effects = nn.ModuleDict({name: effect for name, effect in effects.items() if effect is not None})
         codes: dict[str, Any] = {name: self.effects[name].code if name in self.effects else None for name in effects}
         counts = [len(self.effects[name].tensors) if name in self.effects else 0 for name in (*_OPERANDS, *_PRODUCTS)]
-        self.plan = AttentionPlan(**codes, counts=tuple(counts), first_head=first_head, exact=exact)
+        noted = noted_places(self.in_order)
+        self.plan = AttentionPlan(**codes, counts=tuple(counts), first_head=first_head, noted=noted, exact=exact)
+
+    @property
+    def in_order(self) -> list[Any]:
+        return [self.effects[name] for name in (*_OPERANDS, *_PRODUCTS) if name in self.effects]
 
     @property
     def tensors(self) -> list[Tensor]:
-        names = [name for name in (*_OPERANDS, *_PRODUCTS) if name in self.effects]
-        return [tensor for name in names for tensor in self.effects[name].tensors]
+        return [tensor for effect in self.in_order for tensor in effect.tensors]
 
 
 def transformed_attention(
@@ -125,7 +132,7 @@ class TransformedAttention(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.plan, ctx.scale = plan, scale
-        ctx.save_for_backward(q, k, v, mask, context, tokens, keys, *tensors)
+        ctx.save_for_backward(q, k, v, mask, context, tokens, keys, *saved(tensors, plan.noted))
         return transformed_attention(plan, observing, scale, q, k, v, mask, context, tokens, keys, *tensors)
 
     @staticmethod

@@ -9,12 +9,12 @@ backward. It is never written in place, so that a backward that comes after othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transforms.apply import Applied
@@ -111,10 +111,10 @@ class Noise:
         for range_ in self.ranges.values():
             range_.reset()
 
-    @property
-    def here(self) -> dict[str, Range]:
-        """The ranges of layers that this process has: those of a pipeline's other stages stay on meta."""
-        return {name: range_ for name, range_ in self.ranges.items() if not range_.used.is_meta}
+    def keep_ranges(self, parts: Iterable[nn.Module]) -> None:
+        """Forget the ranges of layers that are in none of these parts: a pipeline's other stages have them."""
+        here = {id(module) for part in parts for module in part.modules()}
+        self.ranges = {name: range_ for name, range_ in self.ranges.items() if id(range_) in here}
 
     def begin_step(self, step: int) -> None:
         """Set the strength of training step `step`, counted from 0; no backward may be outstanding."""
@@ -133,7 +133,7 @@ class Noise:
         Args:
             agree: takes (n,) float32, the largest values that this device has seen, to those of all devices.
         """
-        ranges = list(self.here.values())
+        ranges = list(self.ranges.values())
         if not ranges:
             return
         seen = agree(torch.cat([range_.seen for range_ in ranges]))
@@ -143,7 +143,7 @@ class Noise:
 
     def state(self) -> dict[str, Tensor]:
         """The ranges in use, as checkpoints keep them; loads write into these."""
-        return {f"{name}.range": range_.used for name, range_ in self.here.items()}
+        return {f"{name}.range": range_.used for name, range_ in self.ranges.items()}
 
     @contextmanager
     def off(self) -> Iterator[None]:

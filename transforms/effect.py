@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,21 @@ class Code:
 
     def observe(self, value: Tensor, *rest: Any) -> None:
         """Take note of a value in the effect's own tensors; twice is as once, so that a recomputation does no harm."""
+
+
+def noted_places(effects: Iterable[Any]) -> frozenset[int]:
+    """Which of all tensors of several effects forwards write to."""
+    found, start = set(), 0
+    for effect in effects:
+        if getattr(effect, "noted", None) is not None:
+            found.add(start + effect.noted)
+        start += len(effect.tensors)
+    return frozenset(found)
+
+
+def saved(tensors: Iterable[Tensor], noted: frozenset[int]) -> list[Tensor | None]:
+    """What a backward may keep of them."""
+    return [None if i in noted else tensor for i, tensor in enumerate(tensors)]
 
 
 class Effect(nn.Module):
@@ -61,6 +76,11 @@ class Effect(nn.Module):
     def tensors(self) -> tuple[Tensor, ...]:
         """Its own tensors, in the order in which the code takes them."""
         return ()
+
+    @property
+    def noted(self) -> int | None:
+        """Which of the tensors forwards write to, taking note of what they see: no backward may keep it."""
+        return None
 
     @property
     def label(self) -> str:

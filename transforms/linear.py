@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transforms.effect import Code
+from transforms.effect import Code, saved
 from transforms.product import Place, ProductCode, pack, unpack
 
 Tensors: TypeAlias = Sequence[Tensor]
@@ -45,6 +45,8 @@ class Plan:
     """The weight is stored (in, out), as in GPT-2's Conv1D."""
     product: ProductCode | None = None
     """What multiplies them, where it is not exact; it takes the remaining tensors."""
+    noted: frozenset[int] = frozenset()
+    """Which of the tensors forwards write to."""
     exact: tuple[int, int] | None = None
     """Gradients use the operands as they are before the hardware: after the first effects on weight and input, so many."""
 
@@ -109,7 +111,7 @@ class TransformedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan = plan
         y, kept = _forward(plan, observing, x, weight, bias, (context, tokens), tensors)
-        ctx.save_for_backward(x, weight, context, tokens, kept, *tensors)
+        ctx.save_for_backward(x, weight, context, tokens, kept, *saved(tensors, plan.noted))
         return y
 
     @staticmethod
@@ -118,7 +120,8 @@ class TransformedLinear(torch.autograd.Function):
         x, weight, context, tokens, kept, *tensors = ctx.saved_tensors
         if torch.compiler.is_compiling() and context is not None:
             context = torch.ops.newcompute.after(context, grad)
-            tensors = [torch.ops.newcompute.after(t, grad) if t.requires_grad else t for t in tensors]
+            after = torch.ops.newcompute.after
+            tensors = [after(t, grad) if t is not None and t.requires_grad else t for t in tensors]
         of_weight, of_input, of_product = plan.split(tensors)
         place = (context, tokens)
         exact_weight, exact_input = plan.exact or (None, None)

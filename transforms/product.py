@@ -248,6 +248,10 @@ class Product(Effect):
         own += [self.strength] if self.code.blended else []
         return tuple(own)
 
+    @property
+    def noted(self) -> int | None:
+        return self.code.stochastic + 1 if self.range is not None else None
+
     def fill(self, seed: int, phase: str) -> None:
         if self.code.stochastic:
             rounding = self.key(seed, phase)

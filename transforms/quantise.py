@@ -168,6 +168,10 @@ class Quantise(Effect):
         rest = (*self.tensors, *self.noise.place())
         return self.code.forward(value.t(), *rest).t() if self.transposed else self.code.forward(value, *rest)
 
+    @property
+    def noted(self) -> int | None:
+        return self.code.stochastic + 1 if self.range is not None else None
+
     def fill(self, seed: int, phase: str) -> None:
         if self.code.stochastic:
             self.write(self.table, self.key(seed, phase))
