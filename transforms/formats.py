@@ -100,7 +100,7 @@ class Float:
         # With subnormals the codes of magnitudes count on through all binades.
         code = (magnitude / step).to(torch.int32) + ((exponent + self.bias - 1) << self.mantissa)
         code = torch.where(magnitude == magnitude, code, (1 << (self.bits - 1)) - 1)
-        return code | torch.where(torch.signbit(rounded), 1 << (self.bits - 1), 0)
+        return code | torch.signbit(rounded).to(torch.int32) << (self.bits - 1)
 
     def decode(self, code: Tensor) -> Tensor:
         """The value of a code, float32; of special codes infinity and NaN."""
