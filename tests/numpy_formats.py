@@ -34,13 +34,18 @@ def integers(largest: int) -> np.ndarray:
     return np.arange(largest + 1.0)
 
 
-def nearest(value: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The nearest of a table's numbers and their negatives; in the middle between two the one with an even code."""
+def nearest(value: np.ndarray, table: np.ndarray, one_digit: bool = False) -> np.ndarray:
+    """The nearest of a table's numbers and their negatives; in the middle between two the one with an even code.
+
+    Args:
+        one_digit: of powers of two only: but for 0 no digit is even, and the larger is taken (IEEE 754-2019, section 4.3.1).
+    """
     size = np.abs(value).astype(np.float64)
     above = np.searchsorted(table, size).clip(1, len(table) - 1)
     below = above - 1
     to_below, to_above = size - table[below], table[above] - size
-    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    even = above > 1 if one_digit else above % 2 == 0
+    up = (to_above < to_below) | ((to_above == to_below) & even)
     return np.copysign(np.where(up, table[above], table[below]), value)
 
 

@@ -29,7 +29,6 @@ from numpy_formats import (
     decibel,
     integers,
     microscaled,
-    nearest,
     nvfp4,
     over,
     sqnr,
