@@ -1,7 +1,8 @@
 """Number formats of few bits: rounding to their grid, and their codes.
 
-A format knows nothing of scales: values come already divided by one. Rounding is to the nearest, ties to even, and
-saturates, or is stochastic where uniform numbers are given: up with the probability that makes the mean exact.
+A format knows nothing of scales: values come already divided by one. Rounding is to the nearest, ties to even (without
+mantissa bits, where no digit is even, away from 0), and saturates, or is stochastic where uniform numbers are given: up
+with the probability that makes the mean exact.
 
 Floating point follows IEEE 754 down to subnormals. E4M3 and E5M2 have the special codes of the OCP 8-bit specification
 (revision 1.0: E4M3 up to 448 with a NaN and no infinity, E5M2 up to 57344 with both); every other eXmY uses all its codes
@@ -100,7 +101,7 @@ class Float:
         # With subnormals the codes of magnitudes count on through all binades.
         code = (magnitude / step).to(torch.int32) + ((exponent + self.bias - 1) << self.mantissa)
         code = torch.where(magnitude == magnitude, code, (1 << (self.bits - 1)) - 1)
-        return code | torch.where(torch.signbit(rounded), 1 << (self.bits - 1), 0)
+        return code | torch.signbit(rounded).to(torch.int32) << (self.bits - 1)
 
     def decode(self, code: Tensor) -> Tensor:
         """The value of a code, float32; of special codes infinity and NaN."""
