@@ -16,7 +16,7 @@ from parallel.degrees import (
     rows_per_micro_batch,
     stages_per_device,
 )
-from parallel.float8_layers import PART, choices
+from parallel.float8_layers import PART, block_layers, choices
 from train.config import (
     Config,
     DistillationConfig,
@@ -28,7 +28,7 @@ from train.config import (
 )
 from train.config_sources import Problem, schema_keys
 from train.redaction import STARS, find_secret
-from transforms.specs import TransformSpec
+from transforms.specs import TransformSpec, inputs_together, matches
 
 HEAD_IN_CHUNKS = "hardware effects on what the head reads and returns need the whole batch, not chunks of it"
 
@@ -196,7 +196,7 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
 
 def _beside_weight(spec: TransformSpec) -> bool:
     """Whether an effect acts on inputs or outputs, which stand somewhere in the batch."""
-    return bool(getattr(spec, "input", None) or getattr(spec, "output", None))
+    return spec.kind == "optical" or bool(getattr(spec, "input", None) or getattr(spec, "output", None))
 
 
 def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterator[Problem]:
@@ -255,6 +255,30 @@ def _pipeline_problems(config: Config, degrees: Degrees, micro_batch: int) -> It
         )
 
 
+def _split_inputs(config: Config, shape: LlamaShape, degree: int) -> Iterator[Problem]:
+    """Scales and tiles of a transform that would be on two tensor-parallel devices."""
+    for i, spec in enumerate(config.transforms):
+        for name, (_, inputs) in block_layers(shape).items():
+            together = inputs_together(spec, inputs)
+            if not name.endswith(("o_proj", "down_proj")) or not matches(spec, f"model.layers.0.{name}"):
+                continue
+            if (inputs // degree) % together:
+                what = (
+                    "a tile of"
+                    if getattr(spec, "tile", 0)
+                    else "shot noise of a sum over"
+                    if spec.kind == "optical"
+                    else "a scale of"
+                )
+                yield Problem(
+                    f"each device would have {inputs // degree} of the {inputs} inputs of {name}, and transforms.{i} has {what} "
+                    f"{together}: choose a smaller degree{', or set tile' if what.startswith('shot') else ''}",
+                    "parallel.tensor",
+                    config.parallel.tensor,
+                )
+                break
+
+
 def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iterator[Problem]:
     """What the shape of a model, the length of its rows and a teacher say about degrees."""
     parallel, length = config.parallel, config.training.sequence_length
@@ -272,6 +296,7 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
             nearest = nearest_divisor(common, degrees.tensor)
             message = f"does not divide the model's {odd}; the nearest degree that fits: {nearest}"
             yield Problem(message, "parallel.tensor", parallel.tensor)
+        yield from _split_inputs(config, shape, degrees.tensor)
     if config.float8.recipe != "none":
         for choice in choices(shape, config.float8, degrees.tensor):
             if choice.reason.startswith(PART):

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from train.config import Config
 from train.redaction import redact
-from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec
+from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 EXIT_CONFIG = 2
 ONE_OF = [("training.steps", "training.tokens", "training.tokens_per_parameter")]
@@ -352,7 +352,7 @@ def _suggest(key: str) -> str:
 def _suggest_transform(key: str) -> str:
     """The nearest key of a `[[transforms]]` table, or of the table of an operand in it."""
     nested = key.count(".") > 2
-    models = (CellFaults,) if nested else (BitflipSpec, LoraSpec)
+    models = (CellFaults, Quantised) if nested else (BitflipSpec, QuantiseSpec, OpticalSpec, LoraSpec)
     allowed = list(dict.fromkeys(name for model in models for name in model.model_fields))
     close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(allowed)}"

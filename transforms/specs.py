@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from typing import Annotated, Literal
 
@@ -199,6 +200,24 @@ class OpticalSpec(Layered):
     """Also attention's two products run in light."""
     gradients: Literal["noisy", "clean"] = "noisy"
     """Which operands the gradients' products use: the converted ones that the forward multiplied, or those before."""
+
+
+def matches(spec: Layered, name: str) -> bool:
+    """Whether a transform's patterns take a layer of a block, by its Hugging Face name."""
+    patterns = [p[3:] if p.startswith("re:") else fnmatch.translate(p) for p in spec.modules]
+    return not patterns or any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def inputs_together(spec: Layered, in_features: int) -> int:
+    """How many neighbouring inputs of a layer have to be on one device: those that share a scale or a tile. 1 if none do."""
+    if isinstance(spec, OpticalSpec):
+        return spec.tile or (in_features if spec.photons else 1)
+    sizes = [1]
+    for operand in (spec.weight, spec.input) if isinstance(spec, QuantiseSpec) else ():
+        if operand is not None:
+            sizes.append(BLOCKS.get(operand.format, 1))
+            sizes.append(min(operand.group_size, in_features) if operand.scale == "group" else 1)
+    return max(sizes)
 
 
 Hardware = BitflipSpec | QuantiseSpec | OpticalSpec

@@ -9,6 +9,8 @@ from support import ROOT
 
 from train.config_sources import ConfigError, load_config, to_toml
 
+QUANTISE = '[[transforms]]\nkind = "quantise"\n'
+OPTICAL = '[[transforms]]\nkind = "optical"\n'
 BITFLIP = '[[transforms]]\nkind = "bitflip"\n'
 
 
@@ -23,8 +25,8 @@ def problems(tmp_path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[transforms]]\nkind = "bitflop"\n', "no kind of transform; choose from bitflip, lora; did you mean 'bitflip'?"),
-        ("[[transforms]]\nweight = { mantissa = 0.1 }\n", "expected a kind, one of bitflip, lora"),
+        ('[[transforms]]\nkind = "bitflop"\n', "no kind of transform; choose from bitflip, quantise, optical, lora; did"),
+        ("[[transforms]]\nweight = { mantissa = 0.1 }\n", "expected a kind, one of bitflip, quantise, optical, lora"),
         (BITFLIP, "give the faults of at least one of weight, input and output"),
         (BITFLIP + "weight = { mantisa = 0.1 }\n", r"transforms.0.weight.mantisa = 0.1.*did you mean mantissa?"),
         (BITFLIP + "weigth = { mantissa = 0.1 }\n", r"transforms.0.weigth.*did you mean weight?"),
@@ -35,7 +37,18 @@ def problems(tmp_path, text: str) -> str:
         (BITFLIP + "input = { mantissa = 0.1, zero_above = 0.0 }\n", "expected a value greater than 0"),
         (BITFLIP + "input = { bits = [0.1, 0.2] }\n", "input.bits has 2 entries, bfloat16 has 16"),
         (BITFLIP + f"input = {{ bits = {[0.1] * 16}, mantissa = 0.1 }}\n", "give bits, or sign_exponent and mantissa"),
-        (BITFLIP + 'storage = "int8"\nweight = { mantissa = 0.1 }\n', "expected one of 'bfloat16', 'float16' or 'float32'"),
+        (BITFLIP + 'storage = "int9"\nweight = { mantissa = 0.1 }\n', "expected one of 'bfloat16', 'float16', 'float32'"),
+        (BITFLIP + f'storage = "int8"\nweight = {{ bits = {[0.1] * 16} }}\n', "weight.bits has 16 entries, int8 has 8"),
+        (QUANTISE, "give the format of at least one of weight, input and attention"),
+        (QUANTISE + 'weight = { format = "int9" }\n', "'int9' is no format: int2 to int8, ternary"),
+        (QUANTISE + 'weight = { format = "mxfp4", scale = "row" }\n', "mxfp4 has a scale for each block of 32: leave scale out"),
+        (QUANTISE + 'weight = { format = "ternary", scale = "row" }\n', "ternary has one scale"),
+        (QUANTISE + 'input = { format = "int8", scale = "tensor" }\n', "would let tokens see later ones"),
+        (QUANTISE + 'attention = { format = "mxfp8_e4m3" }\n', "with a format without scales of blocks"),
+        (QUANTISE + 'weight = { format = "int8", group_sise = 32 }\n', "did you mean group_size?"),
+        (OPTICAL + "levels = 2\n", "expected a value at least 3"),
+        (OPTICAL + "photons = 0.0\n", "expected a value greater than 0"),
+        (OPTICAL + "level = 16\n", "did you mean levels?"),
         (BITFLIP + 'fault = "stuck_at"\nweight = { mantissa = 0.1 }\n', 'needs lifetime = "persistent"'),
         (BITFLIP + 'modules = ["re:("]\nweight = { mantissa = 0.1 }\n', "no regular expression"),
         (BITFLIP + 'modules = ["*.q_prj"]\nweight = { mantissa = 0.1 }\n', r"matches no layer; the nearest layer is '.*q_proj'"),
