@@ -76,6 +76,19 @@ def run_here(tmp_path, text_corpus):
     return run
 
 
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Streams' workers fork from a process that has torch imported, instead of importing it each as a spawned one does."""
+    from train import streaming
+
+    loader = streaming.StatefulDataLoader
+
+    def forking(*arguments, num_workers: int, multiprocessing_context: str, **rest):
+        return loader(*arguments, num_workers=num_workers, multiprocessing_context="forkserver", **rest)
+
+    monkeypatch.setattr(streaming, "StatefulDataLoader", forking)
+
+
 @pytest.fixture(scope="session")
 def task_index():
     """lm-eval reads its thousands of task files once for all tests, not once for every folder of further tasks."""

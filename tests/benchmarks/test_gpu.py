@@ -90,6 +90,7 @@ def test_a_run_on_cpu_is_recorded_and_resumed(gpu, tmp_path):
         gpu.run(out, *QUICK, "--resume", machine=H100, step=never)
 
 
+@pytest.mark.slow  # another start of the script; what follows from the outcome is tested below
 def test_out_of_memory_is_an_outcome(gpu, tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.MODELS, "debug", gpu.replace(gpu.MODELS["debug"], first=gpu.Setting(1)))
     # Its embedding is beyond any address space.
@@ -101,13 +102,16 @@ def test_out_of_memory_is_an_outcome(gpu, tmp_path, monkeypatch):
     assert content["best"] == []
 
 
-def test_a_broken_setting_and_a_dead_process_end_nothing(gpu, tmp_path, monkeypatch, capfd):
+@pytest.mark.slow  # as above
+def test_a_broken_setting_ends_nothing(gpu, tmp_path, capfd):
     content = gpu.run(tmp_path / "result.json", *QUICK, *EAGER, "--compile.cuda_graphs", "true")
     (row,) = content["measurements"]
     assert row["status"] == "failed"
     assert "set compile.enabled" in row["reason"]
     assert "Traceback" in capfd.readouterr().err
 
+
+def test_a_dead_process_ends_nothing(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (row,) = gpu.run(tmp_path / "other.json", *QUICK)["measurements"]
     assert row["reason"] == "the process ended with 1 and no answer"

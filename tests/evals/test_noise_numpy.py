@@ -121,7 +121,8 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param("inputs", marks=pytest.mark.slow), "sign and exponent"])
+@pytest.mark.slow  # statistics of many chips; fast tests compare the bits themselves with plain formulas
+@pytest.mark.parametrize("case", POINTS)
 def test_perplexity_under_flips_is_that_of_an_independent_simulation(case, both):
     model, plain, file, windows = both
     p, bits, weights_below, inputs_below, chips = POINTS[case]

@@ -166,6 +166,7 @@ def test_a_damaged_model_file_is_named(real_inputs, tmp_path, capsys):
     assert str(tmp_path / "model") in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the watchdog's tests have fast ones of processes that fail alone
 def test_a_process_that_fails_alone_says_so(tmp_path, text_corpus):
     """The stream's second file is read by the second process only."""
     folder = tmp_path / "text"

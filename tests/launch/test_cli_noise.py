@@ -64,6 +64,7 @@ def test_clean_mode_is_the_evaluation_without_transforms(trained, tmp_path):
     assert noisy["batch_size"] == 8
 
 
+@pytest.mark.slow  # lm-eval; below, the metrics of chips without it
 def test_a_task_is_evaluated_on_a_chip(trained, task_index, tmp_path, capsys):
     _, task = write_task(tmp_path / "run", tmp_path / "task", limit=1)
     (tmp_path / "head.toml").write_text(PRESET + 'modules = ["lm_head", "*_proj"]\n')

@@ -62,6 +62,7 @@ def test_a_run_ends_with_its_code_and_is_not_requeued(slurm, submit, checkout):
     assert {(checkout / "notes" / str(rank)).exists() for rank in range(4)} == {True}
 
 
+@pytest.mark.slow  # the signal comes after 15 s; the same by hand follows
 def test_the_signal_before_the_time_limit_requeues_the_job(slurm, submit):
     job = submit("*:0:stop", "*:*:end", options=("--time=5:00", "--signal=USR1@285"))  # after 15 s
     record = slurm.wait(job)
@@ -69,7 +70,6 @@ def test_the_signal_before_the_time_limit_requeues_the_job(slurm, submit):
     assert "preempted: back into the queue" in slurm.log(job)
 
 
-@pytest.mark.slow
 def test_a_signal_to_every_process_of_the_job_is_one_preemption(slurm, submit, checkout):
     """Both SLURM and the launcher signal a process, which may hear the second when it has already left."""
     job = submit("*:0:stop=1", "*:*:end")

@@ -56,7 +56,9 @@ def test_gradients_stay_within_a_document(model):
     assert touched.tolist() == [c in range(7, 11) for c in range(12)]
 
 
-@pytest.mark.parametrize("given", ["no documents", "documents", "a device's part"])
+@pytest.mark.parametrize(
+    "given", [pytest.param("no documents", marks=pytest.mark.slow), "documents", "a device's part"]
+)
 def test_dense_mask_against_a_loop_and_flex_attention(given, monkeypatch):
     if given == "a device's part":  # Inductor writes C++ for it that some compilers refuse
         monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)

@@ -391,7 +391,7 @@ def kill_and_resume(tmp_path: Path, corpus: Path, kills: int, seed: int) -> None
     assert f"resuming from {folder / f'step-{latest:08d}'}" in done.stdout
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_from_a_complete_step(run_here, tmp_path, text_corpus, kills):
     straight = run_here("straight", **killed_settings(kills), checkpoint__interval=0)
     kill_and_resume(tmp_path, text_corpus, kills, seed=kills)
@@ -420,7 +420,7 @@ def test_a_run_folder_in_use_is_refused(run_here, tmp_path):
     with pytest.raises(JobError, match="in use by another job"):
         run_here()
     folder.unlock()
-    run_here()
+    run_here(training__stop_after=6)
 
 
 def test_a_start_that_failed_may_be_corrected(run_here, tmp_path, real_inputs):

@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import quietly, tiny_flags
 
 from models.llama import Llama
+from train.config_sources import load_config
 from train.export import export, open_trained
+from train.job import run_job
 
 
-@pytest.fixture
-def trained(run_here, tmp_path) -> Path:
-    """A run of ten steps with a vocabulary that is padded inside (257 -> 384)."""
-    run_here(training__stop_after=10, model__shape__head_dim=16)
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_corpus) -> Path:
+    """A run of ten steps with a vocabulary that is padded inside (257 -> 384); exports only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {"training__stop_after": 10, "model__shape__head_dim": 16}
+    config = load_config([], tiny_flags(folder, text_corpus, **changes), world_size=1)
+    quietly(config)
+    run_job(config)
+    return folder / "run"
 
 
 def our_logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -94,6 +101,7 @@ def test_an_export_replaces_an_export_but_nothing_else(trained, tmp_path):
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
+@pytest.mark.slow  # lm-eval's import and its thousands of task files; test_tasks.py runs such a task in this process
 def test_stock_lm_eval_runs_on_the_folder_without_this_project(trained, tmp_path):
     from evals.held_out_task import write_task
 

@@ -6,7 +6,7 @@ import pytest
 from campaign import SCENARIOS, Campaign
 
 NAMES = [scenario.name for scenario in SCENARIOS]
-FAST = ["killed in a save", "signals at any moment", "bit rot", "full disk"]
+FAST = ["killed in a save"]  # signals, damaged files and full disks have fast tests of their own
 
 
 @pytest.fixture(scope="module")

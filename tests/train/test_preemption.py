@@ -36,7 +36,8 @@ PHASES = [
     ("verify", 6, None, "SIGUSR1 and SIGTERM"),
     ("delete", 6, None, "SIGTERM"),
 ]
-FAST = {0, 3, 4, 6, 9, 10}
+# Before the loop, in a step, between steps, and in a save; each way to be told.
+FAST = {("start", 0), ("forward", 2), ("validate", 4), ("begin save", 3), ("write", 3)}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,17 @@ def run(folder, corpus, name, faults, processes=1, **changes):
 
 @pytest.mark.parametrize(
     ("phase", "step", "saved", "action"),
-    PHASES,
-    ids=[f"{action} in {phase} at {step}" for phase, step, _, action in PHASES],
+    [
+        pytest.param(
+            phase,
+            step,
+            saved,
+            action,
+            id=f"{action} in {phase} at {step}",
+            marks=[] if (phase, step) in FAST else [pytest.mark.slow],
+        )
+        for phase, step, saved, action in PHASES
+    ],
 )
 def test_a_stop_in_any_phase_loses_nothing(corpus_and_straight, text_corpus, phase, step, saved, action):
     folder, straight = corpus_and_straight
@@ -81,7 +91,7 @@ def test_a_stop_in_any_phase_loses_nothing(corpus_and_straight, text_corpus, pha
         ("step", 2),
         pytest.param("validate", 4, marks=pytest.mark.slow),
         pytest.param("write", 3, marks=pytest.mark.slow),
-        ("load", 3),
+        pytest.param("load", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_process_is_everyones(corpus_and_straight, text_corpus, phase, step):

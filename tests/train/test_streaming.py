@@ -316,12 +316,14 @@ def test_the_worker_process_gives_the_same_rows_and_ends(corpus, tmp_path):
 
     here = rows(workers=0)
     assert np.array_equal(rows(workers=1), here)
-    assert not multiprocessing.active_children()
+    # torchdata waits 5 s for a worker, then signals it without waiting: on a busy machine it may still be dying here.
+    for worker in multiprocessing.active_children():
+        worker.join()
     text = tokenizer.backend.decode(here.flatten().tolist(), skip_special_tokens=True)
     assert BOS in text  # spelled, hence not skipped
 
 
-def test_the_worker_hands_over_errors_as_they_are(corpus):
+def test_the_worker_hands_over_errors_as_they_are(corpus, quick_workers):
     batches = open_stream(config_of(**corpus("hub"), column="body"), workers=1)
     with pytest.raises(DataError) as error:
         next(iter(batches))

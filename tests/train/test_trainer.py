@@ -12,7 +12,6 @@ from support import fork_python, losses, read_metrics, run_python, tiny_flags
 
 from models.llama import Llama
 from parallel.init import init_weights
-from train import streaming
 from train.config import named_shape
 from train.config_sources import load_config
 from train.data import open_data
@@ -52,14 +51,14 @@ def plain_training(flags: list[str]) -> list[float]:
 
 
 def test_losses_equal_a_plain_pytorch_loop(run_here, tmp_path, text_corpus):
-    ours = [row["loss"] for row in run_here() if "loss" in row]
+    ours = [row["loss"] for row in run_here(checkpoint__interval=0) if "loss" in row]
     plain = plain_training(tiny_flags(tmp_path, text_corpus))
     assert ours[-1] < ours[0] - 0.5, "the model must learn, or the comparison says nothing"
     assert ours == pytest.approx(plain, abs=2e-5)
 
 
 def test_metrics_rows_carry_the_documented_keys(run_here):
-    rows = run_here(training__steps=10)
+    rows = run_here(training__steps=10, checkpoint__interval=0)
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 11))
     expected = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "data_wait", "memory_gib"}
@@ -81,16 +80,17 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    "stops", [pytest.param((10,), marks=pytest.mark.slow, id="one resume"), pytest.param((5, 12), id="two resumes")]
+    "stops", [pytest.param((6,), marks=pytest.mark.slow, id="one resume"), pytest.param((3, 7), id="two resumes")]
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, stops):
-    straight = run_here("straight", checkpoint__interval=1)
+    settings = {"training__steps": 10, "checkpoint__interval": 1}
+    straight = run_here("straight", **settings)
     for stop in stops:
-        run_here("pieces", training__stop_after=stop, checkpoint__interval=1)
-    pieces = run_here("pieces", checkpoint__interval=1)
+        run_here("pieces", training__stop_after=stop, **settings)
+    pieces = run_here("pieces", **settings)
     # A piece that ends validates once more; those rows are no part of the comparison.
     assert [x for x in losses(pieces) if x in losses(straight)] == losses(straight)
-    assert {step for step, _ in losses(pieces)} == set(range(1, 21))
+    assert {step for step, _ in losses(pieces)} == set(range(1, 11))
 
 
 def test_resume_from_an_earlier_step_cuts_the_metrics_and_keeps_the_later_checkpoints_aside(run_here, tmp_path):
@@ -122,18 +122,25 @@ def plainly_computed() -> dict[tuple, list[float]]:
 )
 def test_how_a_step_is_computed_does_not_change_it(run_here, plainly_computed, changes):
     same = {key: value for key, value in changes.items() if key.startswith("model")}
+    short = {"training__steps": 8, "checkpoint__interval": 0}
     key = tuple(same.items())
     if key not in plainly_computed:
-        rows = run_here("reference", training__steps=8, **same)
+        rows = run_here("reference", **short, **same)
         plainly_computed[key] = [row["loss"] for row in rows if "loss" in row]
-    changed = [row["loss"] for row in run_here("changed", training__steps=8, **changes) if "loss" in row]
+    changed = [row["loss"] for row in run_here("changed", **short, **changes) if "loss" in row]
     assert changed == pytest.approx(plainly_computed[key], abs=2e-5)
 
 
-def test_models_of_several_head_counts_compile_in_one_process(run_here):
+@pytest.mark.parametrize(
+    "counts",
+    [((4, 2), (2, 1)), pytest.param(((4, 2), (2, 1), (8, 4)), marks=pytest.mark.slow)],
+    ids=["two counts", "three counts"],
+)
+def test_models_of_several_head_counts_compile_in_one_process(run_here, counts):
     """A sweep in one process: the compiler takes for variable what it has seen vary."""
-    for i, (heads, kv_heads) in enumerate(((4, 2), (2, 1), (8, 4))):
-        changes = {"model__shape__num_heads": heads, "model__shape__num_kv_heads": kv_heads, "training__steps": 4}
+    for i, (heads, kv_heads) in enumerate(counts):
+        changes = {"model__shape__num_heads": heads, "model__shape__num_kv_heads": kv_heads}
+        changes |= {"training__steps": 4, "checkpoint__interval": 0}
         compiled = run_here(f"compiled-{i}", compile__enabled="true", compile__backend="aot_eager", **changes)
     eager = run_here("eager", **changes)
     assert [loss for _, loss in losses(compiled)] == pytest.approx([loss for _, loss in losses(eager)], abs=2e-5)
@@ -147,12 +154,14 @@ def test_inductor_gives_the_eager_losses(run_here):
     assert compiled == pytest.approx(eager, abs=2e-5)
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["replicate 2", "shard 2"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param((2, 1), marks=pytest.mark.slow), (1, 2)], ids=["replicate 2", "shard 2"]
+)
 def test_two_processes_equal_one(run_here, tmp_path, text_corpus, layout):
-    one = run_here("one", training__micro_batch_size=2)
+    same = {"training__micro_batch_size": 2, "checkpoint__interval": 0}
+    one = run_here("one", **same)
     replicate, shard = layout
-    changes = {"parallel__replicate": replicate, "parallel__shard": shard, "training__micro_batch_size": 2}
-    flags = tiny_flags(tmp_path, text_corpus, "two", **changes)
+    flags = tiny_flags(tmp_path, text_corpus, "two", parallel__replicate=replicate, parallel__shard=shard, **same)
     if replicate == 2:
         run_python("train/main.py", *flags, processes=2)
     else:
@@ -165,6 +174,7 @@ def test_two_processes_equal_one(run_here, tmp_path, text_corpus, layout):
     )
 
 
+@pytest.mark.slow  # tests/parallel/test_resume.py has fast pairs
 def test_a_checkpoint_of_two_processes_goes_on_with_one(run_here, tmp_path, text_corpus):
     straight = run_here("straight")
     flags = tiny_flags(
@@ -218,17 +228,6 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved(run_here, tmp_pa
     with pytest.raises(JobError, match="a weight or optimizer moment after step 1 is not finite"):
         run_here(optimizer__lr=1e39, schedule__warmup_steps=0, training__steps=1)
     assert not list((tmp_path / "run").glob("checkpoints/*/commit.json"))
-
-
-@pytest.fixture
-def quick_workers(monkeypatch):
-    """Worker processes fork from one that has torch imported, instead of importing it each; test_streaming spawns them."""
-    loader = streaming.StatefulDataLoader
-
-    def forking(*arguments, num_workers: int, multiprocessing_context: str, **rest):
-        return loader(*arguments, num_workers=num_workers, multiprocessing_context="forkserver", **rest)
-
-    monkeypatch.setattr(streaming, "StatefulDataLoader", forking)
 
 
 def test_a_streamed_run_resumes_exactly_and_only_at_its_size(run_here, quick_workers, tmp_path, text_corpus):

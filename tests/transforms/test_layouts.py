@@ -74,12 +74,15 @@ def test_reference_covers_every_layer_step_and_row(reference):
             {"compile__enabled": "true", "activation_checkpointing__mode": "full", "training__micro_batch_size": 4},
             marks=pytest.mark.slow,
         ),
-        {
-            "compile__enabled": "true",
-            "activation_checkpointing__mode": "selective",
-            "compile__backend": "aot_eager",
-            "training__micro_batch_size": 4,
-        },
+        pytest.param(
+            {
+                "compile__enabled": "true",
+                "activation_checkpointing__mode": "selective",
+                "compile__backend": "aot_eager",
+                "training__micro_batch_size": 4,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["accumulated", "recomputed", "partly recomputed", "compiled", "compiled recomputed", "compiled selective"],
 )
@@ -91,8 +94,16 @@ def test_one_process(reference, tmp_path, text_corpus, changes):
     ("processes", "changes"),
     [
         (2, {"parallel__shard": 2, "activation_checkpointing__mode": "full", "training__micro_batch_size": 2}),
-        (2, {"parallel__shard": 2, "compile__enabled": "true", "parallel__reshard_after_forward": "true"}),
-        (4, {"parallel__shard": 2, "parallel__replicate": 2, "activation_checkpointing__mode": "selective"}),
+        pytest.param(
+            2,
+            {"parallel__shard": 2, "compile__enabled": "true", "parallel__reshard_after_forward": "true"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            4,
+            {"parallel__shard": 2, "parallel__replicate": 2, "activation_checkpointing__mode": "selective"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(4, {"parallel__shard": 4}, marks=pytest.mark.slow),
         (2, {"parallel__tensor": 2}),
         pytest.param(2, {"parallel__tensor": 2, "activation_checkpointing__mode": "full"}, marks=pytest.mark.slow),
@@ -103,7 +114,7 @@ def test_one_process(reference, tmp_path, text_corpus, changes):
         ),
         (2, {"parallel__context": 2}),
         (2, {"parallel__pipeline": 2, "training__micro_batch_size": 2}),
-        (
+        pytest.param(
             2,
             {
                 "parallel__pipeline": 2,
@@ -111,8 +122,11 @@ def test_one_process(reference, tmp_path, text_corpus, changes):
                 "activation_checkpointing__mode": "full",
                 "parallel__pipeline_schedule": "1f1b",
             },
+            marks=pytest.mark.slow,
         ),
-        (4, {"parallel__tensor": 2, "parallel__shard": 2, "training__micro_batch_size": 2}),
+        pytest.param(
+            4, {"parallel__tensor": 2, "parallel__shard": 2, "training__micro_batch_size": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(4, {"parallel__tensor": 2, "parallel__context": 2}, marks=pytest.mark.slow),
         pytest.param(
             4, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__micro_batch_size": 4}, marks=pytest.mark.slow
