@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from evals.masked import MaskedProtocol
 from evals.models import EvalModel
 from evals.noise import NoisyModel
+from evals.ranges import read_ranges
 from evals.tasks import evaluate_tasks
 from evals.text import Protocol, evaluate_text
 from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
-from train.export import PROVENANCE, is_run_or_checkpoint, open_trained
+from train.export import PROVENANCE, RANGES, is_run_or_checkpoint, open_trained
 from transforms.apply import TransformError, table
 from transforms.specs import Hardware, LoraSpec
 
@@ -37,6 +40,8 @@ class TransformList:
     """File of each."""
     seed: int = DEFAULT_SEED
     """Seed of the noise where the command line gives none."""
+    ranges: dict[str, Tensor] | None = None
+    """Of converters, by name; None where they are not known."""
 
     def attach(self, model: EvalModel, seed: int | None = None) -> NoisyModel:
         """The model under these transforms; `seed` replaces that of the file.
@@ -50,7 +55,7 @@ class TransformList:
                 f"{model.name} holds packed weights, which transforms cannot act on: name the model that it was made from"
             )
         with self.blamed():
-            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed)
+            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed, self.ranges)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -66,16 +71,19 @@ class TransformList:
         return [spec.model_dump(exclude_none=True) for spec in self.specs]
 
 
-def read_transforms(names: Sequence[str], model: str) -> TransformList:
+def read_transforms(names: Sequence[str], model: str, ranges: str | None = None) -> TransformList:
     """The transforms in TOML files of `[[transforms]]` tables, or those that `model` was trained with.
 
     Args:
         names: files, or the one word "run".
         model: the reference that `load_model` takes.
+        ranges: file of converters' ranges; those of a run come with it.
 
     Raises:
         ConfigError: with every problem of the files; ValueError: the model was trained without hardware effects.
     """
+    if ranges is not None:
+        return replace(read_transforms(names, model), ranges=read_ranges(Path(ranges)))
     if list(names) == [OF_THE_RUN]:
         return _trained_with(model)
     sources = read_sources(names, [])
@@ -110,13 +118,16 @@ def _validated(sources: Sources) -> TransformList:
 def _trained_with(model: str) -> TransformList:
     """The hardware effects of a run or of an export; adapters are left out, their product is in the weights."""
     path = Path(model)
+    ranges: dict[str, Tensor] | None = None
     if is_run_or_checkpoint(path):
         origin = f"the configuration of {path}"
-        config = open_trained(path).config
+        trained = open_trained(path)
+        config, ranges = trained.config, trained.ranges()
         tables = [spec.model_dump(exclude_none=True) for spec in config.transforms]
         seed = config.noise_seed
     elif (path / PROVENANCE).exists():
         origin = str(path / PROVENANCE)
+        ranges = read_ranges(path / RANGES) if (path / RANGES).exists() else None
         try:
             provenance = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
             tables, seed = provenance.get("transforms", []), int(provenance.get("noise_seed", DEFAULT_SEED))
@@ -129,7 +140,7 @@ def _trained_with(model: str) -> TransformList:
     sources = Sources()
     hardware = [one for one in tables if one.get("kind") != "lora"]
     sources.set("transforms", hardware, origin)
-    found = replace(_validated(sources), seed=seed)
+    found = replace(_validated(sources), seed=seed, ranges=ranges or None)
     if not found.specs:
         raise ValueError(f"--transforms {OF_THE_RUN}: {model} was trained without hardware effects")
     return found
@@ -146,7 +157,10 @@ class Trials:
     first_chip: int = 1
 
     def run(self, noisy: NoisyModel, measure: Callable[[], Measured]) -> list[Measured]:
-        """One measurement per chip, or per pass; the passes continue one count of batches."""
+        """One measurement per chip, or per pass; the passes continue one count of batches. One where nothing is random."""
+        if not noisy.noise.random:  # chips would be alike
+            noisy.chip(self.first_chip)
+            return [measure()]
         if self.mode == "resample":
             noisy.resample()
             return [measure() for _ in range(self.chips)]

@@ -18,7 +18,7 @@ draws weights anew for every batch: the average over chips in one pass, at the p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.names import LEARNED, named_parameters
 from transforms.apply import apply, remove
 from transforms.noise import philox_4x32
 from transforms.specs import Hardware, LoraSpec
@@ -85,10 +86,12 @@ class NoisyModel:
 
     Raises:
         TransformError: a transform does not fit the model, which is as before then.
-        ValueError: the model computes in a way that bypasses its linear layers.
+        ValueError: the model computes in a way that bypasses its linear layers, or `ranges` are not those of this model.
     """
 
-    def __init__(self, model: Any, specs: Sequence[Hardware | LoraSpec], seed: int):
+    def __init__(
+        self, model: Any, specs: Sequence[Hardware | LoraSpec], seed: int, ranges: Mapping[str, Tensor] | None = None
+    ):
         if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
             raise ValueError(
                 "BLOOM with slow_but_exact multiplies slices of its weights in a way of its own and would bypass the "
@@ -97,6 +100,19 @@ class NoisyModel:
         self.model = model
         self.noise = apply(model, specs, seed)
         model.to(model.device)  # the effects' tables
+        self._usual_attention = model.config._attn_implementation
+        if self.noise.in_attention:
+            from evals.attention import NAME
+
+            model.set_attn_implementation(NAME)
+        self.known = not self.noise.ranges
+        """Whether the ranges of all converters are known."""
+        if ranges and self.noise.ranges:
+            try:
+                self.load_ranges(ranges)
+            except ValueError:
+                self._restore()
+                raise
         self.non_finite = torch.zeros((), dtype=torch.bool, device=model.device)
         """Whether a forward gave logits that are not finite since a chip was last chosen."""
         self._parameters = inspect.signature(model.forward)
@@ -115,7 +131,38 @@ class NoisyModel:
         """From now on, every forward meets new weights; the count of forwards begins again."""
         self._enter("resample", 0)
 
+    def load_ranges(self, ranges: Mapping[str, Tensor]) -> None:
+        """Take ranges, and learned factors on them, from a checkpoint or a calibration.
+
+        Raises:
+            ValueError: some are missing.
+        """
+        own: dict[str, Tensor] = self.noise.state()
+        factors = {n: p.data for n, p in named_parameters(self.model) if n.startswith(LEARNED)}
+        missing = sorted(own.keys() - ranges.keys())
+        if missing:
+            raise ValueError(
+                f"no range for {missing[0]} and {len(missing) - 1} more: these ranges are of another model or other transforms"
+            )
+        for name, tensor in (own | factors).items():
+            if name in ranges:
+                tensor.copy_(ranges[name].view_as(tensor))
+        self.known = True
+
+    def calibrating(self) -> None:
+        """From now on converters note what they see, on chip 0; their ranges begin anew."""
+        for range_ in self.noise.ranges.values():
+            range_.reset()
+        self.known = True
+        self._enter("chip 0", None)
+        self.noise.observing = True
+
     def _enter(self, phase: str, batch: int | None) -> None:
+        if not self.known:
+            raise ValueError(
+                "the ranges of these transforms' converters are not known: fit them with newcompute calibrate, and name the "
+                "file with --ranges"
+            )
         self.noise.enter(phase)
         self._batch = batch
         self.non_finite.zero_()
@@ -126,6 +173,11 @@ class NoisyModel:
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.noise.in_attention:
+            self.model.set_attn_implementation(self._usual_attention)
         remove(self.model)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -144,6 +196,7 @@ class NoisyModel:
         self._history = before.extended(ids, _real(given.get("attention_mask"), ids, before.counts.shape[1]))
         tokens = self._history.columns(before.counts.shape[1]).tokens
         self.noise.begin(self._batch or 0, 0, ids.device, group=0, tokens=tokens)
+        self.noise.keys = (self._history.counts - 1).clamp(min=0)
         if self._batch is not None and not self.noise.clean:
             self._batch += 1
 

@@ -110,6 +110,24 @@ def negative_log_likelihood(
     return float(total), count
 
 
+def encode(model: EvalModel, file: Path) -> tuple[Tensor, int]:
+    """The tokens of a text file, (N,) int64 on the model's device, and its length in bytes.
+
+    Raises:
+        ValueError: it cannot be read or is shorter than two tokens.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--text {file}: {error.strerror}") from error
+    text = data.decode("utf-8", "replace")
+    encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(encoded, dtype=torch.int64, device=model.model.device)
+    if len(ids) < 2:
+        raise ValueError(f"{file}: the text has {len(ids)} tokens, at least 2 are needed")
+    return ids, len(data)
+
+
 def evaluate_text(
     model: EvalModel, files: Sequence[Path], protocol: Protocol | MaskedProtocol, batch_size: int = 8
 ) -> dict[str, Any]:
@@ -128,15 +146,7 @@ def evaluate_text(
 
     results: dict[str, Any] = {}
     for file in files:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"--text {file}: {error.strerror}") from error
-        text = data.decode("utf-8", "replace")
-        encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = torch.tensor(encoded, dtype=torch.int64, device=model.model.device)
-        if len(ids) < 2:
-            raise ValueError(f"{file}: the text has {len(ids)} tokens, at least 2 are needed")
+        ids, num_bytes = encode(model, file)
         if isinstance(protocol, MaskedProtocol):
             place = surroundings(model.tokenizer, ids.device)
             nats, scored = pseudo_log_likelihood(logits_of, ids, protocol, place, batch_size)
@@ -145,7 +155,7 @@ def evaluate_text(
         per_token = nats / scored
         results[str(file)] = {
             "perplexity": math.exp(min(per_token, 700.0)),
-            "bits_per_byte": per_token / math.log(2) * len(ids) / len(data),
+            "bits_per_byte": per_token / math.log(2) * len(ids) / num_bytes,
             "tokens": scored,
         }
     return results

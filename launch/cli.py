@@ -1,4 +1,4 @@
-"""The command `newcompute`: plan, prepare, status, report, trace, rows, export, eval, sweep-noise, generate."""
+"""The command `newcompute`: plan, prepare, status, report, trace, rows, export, eval, calibrate, sweep-noise, generate."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _report_parser(commands)
     _export_parser(commands)
     _eval_parser(commands)
+    _calibrate_parser(commands)
     _sweep_parser(commands)
     _generate_parser(commands)
     _trace_parser(commands)
@@ -148,11 +149,29 @@ def _eval_parser(commands: Any) -> None:
         metavar="FILE.toml",
         help='hardware effects: files of [[transforms]] tables, or "run" for those of the run',
     )
+    parser.add_argument("--ranges", metavar="FILE", help="ranges of converters, from newcompute calibrate")
     parser.add_argument("--mode", choices=["clean", "chip", "resample"], help="with --transforms (default chip)")
     _noise_arguments(parser)
     _forward_arguments(parser)
     parser.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
     parser.set_defaults(run=_eval)
+
+
+def _calibrate_parser(commands: Any) -> None:
+    parser = commands.add_parser("calibrate", help="fit the ranges of converters on text, for eval --ranges")
+    parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
+    parser.add_argument(
+        "--transforms",
+        nargs="+",
+        required=True,
+        metavar="FILE.toml",
+        help="[[transforms]] with tracked or learned ranges",
+    )
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to read")
+    parser.add_argument("--tokens", type=_positive, help="tokens of each file, from its beginning (default 16384)")
+    _forward_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="file of ranges to write")
+    parser.set_defaults(run=_calibrate)
 
 
 def _sweep_parser(commands: Any) -> None:
@@ -345,6 +364,24 @@ def _eval(options: argparse.Namespace) -> None:
         draw(result, Path(options.plot))
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    from evals.calibrate import DEFAULT_TOKENS, calibrate
+    from evals.chips import read_transforms
+    from evals.models import load_model
+
+    out = Path(options.out)
+    _check_writable(out)
+    transforms = read_transforms(options.transforms, options.model)
+    model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
+    noisy = transforms.attach(model)
+    files = [Path(file) for file in options.text]
+    ranges = calibrate(model, noisy, files, _protocol(options, model), options.tokens or DEFAULT_TOKENS)
+    save_file(ranges, out)
+    print(f"{len(ranges)} ranges of {model.name} -> {out}")
+
+
 def _check_writable(out: Path, option: str = "--out") -> None:
     """Refuse a result file before the work rather than after it."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +394,7 @@ def _check_writable(out: Path, option: str = "--out") -> None:
 def _refuse_noise_options(options: argparse.Namespace) -> None:
     """An option that would change nothing is a mistake, and a clean figure must not pass for another."""
     values = vars(options)
-    names = ("mode", "chips", "first_chip", "noise_seed")
+    names = ("mode", "chips", "first_chip", "noise_seed", "ranges")
     given = [f"--{name.replace('_', '-')}" for name in names if values[name] is not None]
     if given and not options.transforms and options.mode != "clean":
         raise ValueError(f"{given[0]}: there are no hardware effects without --transforms FILE.toml")
@@ -394,7 +431,9 @@ def _eval_under_transforms(options: argparse.Namespace, texts: dict[str, Path]) 
     from evals.models import load_model
     from evals.text import protocol_record
 
-    transforms = read_transforms(options.transforms, options.model)  # refused before the model is loaded
+    transforms = read_transforms(
+        options.transforms, options.model, options.ranges
+    )  # refused before the model is loaded
     model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     noisy = transforms.attach(model, options.noise_seed)
     trials = _trials(options)

@@ -312,6 +312,24 @@ class NoiseConfig(Section):
     rounding that acts. Validation and evaluation always see the full strength."""
 
 
+class RobustConfig(Section):
+    clip_weights: NonNegative = 0.0
+    """After each update, clamp the weights that hardware effects are on (without any: all matrices of the blocks) to this many
+    of their own standard deviations; 0: never."""
+    clip_per: Literal["row", "tensor"] = "row"
+    """Whose standard deviation: each output row's, or the whole matrix's."""
+
+
+class DistillationConfig(Section):
+    teacher: str = ""
+    """A trained model whose probabilities are learned beside the text: a run folder, one of its checkpoints, "hf:FOLDER" or
+    "hf:ORGANISATION/NAME"; its vocabulary must be this run's."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the teacher in the loss; the text has the rest."""
+    temperature: Positive = 2.0
+    """What the logits of both models are divided by before they are compared."""
+
+
 class MetricsConfig(Section):
     log_interval: PositiveCount = 10
     """Log every so many steps; the loss is read from the device only then."""
@@ -353,6 +371,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     faults: FaultsConfig = FaultsConfig()
+    robust: RobustConfig = RobustConfig()
+    distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     noise: NoiseConfig = NoiseConfig()

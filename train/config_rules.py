@@ -17,7 +17,15 @@ from parallel.degrees import (
     stages_per_device,
 )
 from parallel.float8_layers import PART, choices
-from train.config import Config, OptimizerConfig, ParallelConfig, named_shape, total_steps
+from train.config import (
+    Config,
+    DistillationConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RobustConfig,
+    named_shape,
+    total_steps,
+)
 from train.config_sources import Problem, schema_keys
 from train.redaction import STARS, find_secret
 from transforms.specs import TransformSpec
@@ -37,6 +45,7 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     if world_size is not None:
         yield from _layout(config, shape, world_size)
     yield from _combinations(config)
+    yield from _robust(config)
     resume = config.checkpoint.resume
     if isinstance(resume, int) and resume < 0:
         yield Problem('expected "auto", "none", a step of 0 or more, or a path', "checkpoint.resume", resume)
@@ -199,6 +208,8 @@ def _layout(config: Config, shape: LlamaShape | None, world_size: int) -> Iterat
         return
     if shape is not None:
         yield from layout_problems(config, shape, degrees)
+    else:
+        yield from _teachers_layout(config, degrees)
     for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
         if degree > 1 and any(spec.kind == "lora" for spec in config.transforms):
             message = "adapters are small and are not split this way: use parallel.shard"
@@ -245,8 +256,9 @@ def _pipeline_problems(config: Config, degrees: Degrees, micro_batch: int) -> It
 
 
 def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iterator[Problem]:
-    """What the shape of a model and the length of its rows say about degrees."""
+    """What the shape of a model, the length of its rows and a teacher say about degrees."""
     parallel, length = config.parallel, config.training.sequence_length
+    yield from _teachers_layout(config, degrees)
     if degrees.tensor > 1:
         counts = {
             "KV heads": shape.num_kv_heads,
@@ -288,6 +300,13 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
         if shape.tied_embeddings:
             message = "embedding and head share a weight, and stand at the two ends of a pipeline: use shard or tensor"
             yield Problem(message, "parallel.pipeline", parallel.pipeline)
+
+
+def _teachers_layout(config: Config, degrees: Degrees) -> Iterator[Problem]:
+    for name, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline)):
+        if config.distillation.teacher and degree > 1:
+            message = "distillation compares all logits of a token on one device: use parallel.shard, or no teacher"
+            yield Problem(message, f"parallel.{name}", degree)
 
 
 def _odd_one(parallel: ParallelConfig) -> tuple[str, int]:
@@ -333,3 +352,30 @@ def _combinations(config: Config) -> Iterator[Problem]:
         yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
     if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):
         yield Problem("random tokens have no documents", "training.document_mask", True)
+
+
+def _robust(config: Config) -> Iterator[Problem]:
+    """Weight clipping and distillation: settings without effect, and what they cannot go with."""
+    robust, distillation = config.robust, config.distillation
+    if not robust.clip_weights and robust.clip_per != RobustConfig.model_fields["clip_per"].default:
+        yield Problem(
+            "nothing is clipped: give robust.clip_weights, or leave it out", "robust.clip_per", robust.clip_per
+        )
+    if robust.clip_weights and any(spec.kind == "lora" for spec in config.transforms):
+        message = "the weights beside adapters are frozen, and no update changes them: leave it 0"
+        yield Problem(message, "robust.clip_weights", robust.clip_weights)
+    if not distillation.teacher:
+        for key in ("weight", "temperature"):
+            value = getattr(distillation, key)
+            if value != DistillationConfig.model_fields[key].default:
+                message = "nobody to learn from: give distillation.teacher, or leave it out"
+                yield Problem(message, f"distillation.{key}", value)
+        return
+    if distillation.teacher == "hf:":
+        message = 'expected a run folder, a checkpoint, "hf:FOLDER" or "hf:ORGANISATION/NAME"'
+        yield Problem(message, "distillation.teacher", distillation.teacher)
+    if config.training.loss_chunk_tokens:
+        message = (
+            "distillation needs the logits of a whole micro-batch: leave it 0, and lower training.micro_batch_size"
+        )
+        yield Problem(message, "training.loss_chunk_tokens", config.training.loss_chunk_tokens)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.hf import SHARD_BYTES, hf_config, strip_padding, write_json, write_safetensors
@@ -25,6 +26,8 @@ from transforms.lora import merge
 from transforms.specs import LoraSpec
 
 PROVENANCE = "newcompute.json"
+RANGES = "transforms.safetensors"
+"""File of an export with the ranges of hardware converters, where the run has some."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
     with export_folder(out) as folder:
         describe(model, folder, dtype)
         write_safetensors(folder, _groups(model), model.shape, getattr(torch, dtype))
+        ranges = model.ranges()
+        if ranges:
+            save_file(ranges, folder / RANGES)
 
 
 @contextmanager
@@ -150,6 +156,7 @@ def describe(model: TrainedModel, folder: Path, dtype: str) -> None:
         "tokens": model.commit.step * model.config.tokens_per_step,
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
         "noise_seed": model.config.noise_seed,
+        "tokenizer": model.commit.tokenizer,
     }
     write_json(folder / PROVENANCE, provenance)
 

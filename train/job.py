@@ -24,6 +24,7 @@ from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
+from train.distillation import Teacher, find_teacher
 from train.faults import is_broken_exchange
 from train.metrics import Recorder
 from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
@@ -130,6 +131,13 @@ def _check_before_start(config: Config, folder: RunFolder) -> None:
             f"and mounted? To start anew, choose another run.name or remove {folder.saved_file}"
         )
     folder.check_owner()
+    _check_data(config)
+    if config.distillation.teacher:
+        tokenizer = _tokenizer(config)
+        find_teacher(config, resolve_shape(config, tokenizer)[0], tokenizer, hf_folder)
+
+
+def _check_data(config: Config) -> None:
     if config.data.all_sources[0].source == "random":
         return
     if config.data.streaming:
@@ -150,10 +158,16 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
     _set_determinism(config, mesh.device)
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    tokenizer = None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
+    tokenizer = _tokenizer(config)
     shape, hf_weights = resolve_shape(config, tokenizer)
     data = _training_data(config, mesh, tokenizer, shape)
-    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, signals, watchdog.beat)
+    teacher = None
+    if config.distillation.teacher:
+        files = find_teacher(config, shape, tokenizer, hf_folder)
+        # A run that still trains may have saved meanwhile; a folder of the Hub is each node's own.
+        files = mesh.broadcast_object(files) if files.is_checkpoint else files
+        teacher = Teacher(config, mesh, files)
+    trainer = Trainer(config, mesh, shape, tokenizer, data, hf_weights, signals, watchdog.beat, teacher)
     watchdog.beat("load")
     resumed_from = trainer.resume()
     if mesh.is_main:
@@ -177,6 +191,8 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
             recorder.say(f"float8, {config.float8.recipe}: {layers}")
         for line in table(trainer.noise) if trainer.noise is not None else ():
             recorder.say(line)
+        if trainer.teacher is not None:
+            recorder.say(f"learning from {trainer.teacher}")
         recorder.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {folder.path}")
         if trainer.step >= trainer.last_step:
             recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")
@@ -186,6 +202,10 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
         recorder.close()
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    return None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
 
 
 def _after_stop(trainer: Trainer) -> str:

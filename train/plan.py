@@ -80,6 +80,7 @@ def plan_lines(
         f"compute      {flops:,} FLOPs per token ({FLOPS_FORMULA}); {steps * tokens_per_step * flops:.3e} in all",
         *_float8_lines(config, shape, setup, gpu),
         *transform_lines,
+        *_robust_lines(config),
         *_memory_lines(setup, memory, gpu),
         *_checkpointing_lines(setup, gpu, mfu),
         *_time_lines(setup, time, gpu, mfu, steps),
@@ -93,6 +94,14 @@ def _pipeline_lines(setup: Setup) -> Iterator[str]:
     yield f"pipeline     {setup.schedule}: layers of each device {layers}"
     if setup.schedule in ("zero_bubble", "zbv") and setup.compiled:
         yield f"{'':12} compiled blocks run their whole backward twice under {setup.schedule}: 1f1b or interleaved_1f1b is faster"
+
+
+def _robust_lines(config: Config) -> Iterator[str]:
+    robust, distillation = config.robust, config.distillation
+    if robust.clip_weights:
+        yield f"clipping     weights at {robust.clip_weights:g} standard deviations of their {robust.clip_per}"
+    if distillation.teacher:
+        yield f"distillation from {distillation.teacher}; its memory and time are not counted below"
 
 
 def _float8_lines(config: Config, shape: LlamaShape, setup: Setup, gpu: Gpu) -> Iterator[str]:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from models.hf import HFWeights, check_names
-from models.llama import Llama
 from models.loss import IGNORE
 from models.sizes import LlamaShape
 from parallel import apply as parallelize
@@ -35,6 +34,7 @@ from train.checkpoint import CheckpointError, Commit, Damaged, check_model, find
 from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
+from train.model import build_model
 from train.optimizer import build_optimizer, learning_rate, materialise_state
 from train.preemption import Agreement, Signals
 from train.profiling import StepProfiler
@@ -44,7 +44,11 @@ from train.spikes import Spikes
 from train.step_times import StepTimes
 from train.tokenizer import Tokenizer
 from train.watchdog import group_timeout
+from train.weight_clipping import WeightClipping
 from transforms.context import TRAINING, VALIDATION, places
+
+if TYPE_CHECKING:
+    from train.distillation import Teacher
 
 GC_INTERVAL = 50
 PAUSES = (0.0, 1.0, 5.0)
@@ -67,6 +71,7 @@ class Trainer:
         hf_weights: folder to take initial weights from, or None for random ones.
         signals: what the scheduler asks for.
         beat: told each phase that begins, and its step (`Watchdog.beat`).
+        teacher: what the model learns beside the text, or None.
     """
 
     def __init__(
@@ -79,8 +84,9 @@ class Trainer:
         hf_weights: Path | None = None,
         signals: Signals | None = None,
         beat: Callable[[str, int | None], None] = lambda phase, step: None,
+        teacher: Teacher | None = None,
     ):
-        self.config, self.mesh, self.shape, self.data = config, mesh, shape, data
+        self.config, self.mesh, self.shape, self.data, self.teacher = config, mesh, shape, data, teacher
         self.held_out, self.beat = data.held_out, beat
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
@@ -103,6 +109,7 @@ class Trainer:
             from parallel.float8 import precompute_scales
 
             self.after_update = partial(precompute_scales, self.parts, mesh)
+        self.clip_weights = WeightClipping(self.parts, self.noise, config.robust, mesh.device)
         compiled = config.compile.enabled and config.compile.backend == "inductor"
         self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
         timeout, folder = group_timeout(config.faults.start_timeout), self.folder.checkpoints
@@ -248,8 +255,9 @@ class Trainer:
         """One optimizer step on this rank's rows (rows, T + 1) of the global batch.
 
         Returns:
-            This rank's part of the loss (nats per token of the global batch; the parts add up over ranks) and the global
-            gradient norm before clipping; both on the device, not waited for.
+            This rank's part of the loss (nats per token of the global batch; the parts add up over ranks), with that of the
+            distillation loss behind it where there is a teacher, and the global gradient norm before clipping; both on the
+            device, not waited for.
         """
         rate = learning_rate(self.step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
@@ -278,8 +286,9 @@ class Trainer:
         else:
             self.left_out = 0
             self.optimizer.step()
+            self.clip_weights()
             self.after_update()
-            bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+            bad = ~(torch.isfinite(norm) & torch.isfinite(loss).all())
             self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -312,19 +321,31 @@ class Trainer:
             model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_micro_batch)
             # Weights that stay gathered between forward and backward stay so for the next micro-batch as well.
             model.set_reshard_after_backward(last or self.config.parallel.reshard_after_forward)
-            micro_loss = self.loss_sum(micro_batch, places[i]) / tokens
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            objective, seen = self.objective(micro_batch, places[i])
+            (objective / tokens).backward()
+            loss = loss + seen / tokens
         return loss
 
-    def loss_sum(self, batch: Batch, place: Tensor) -> Tensor:
-        """Sum of the losses of this device's part of a batch, in nats; `place` says where in the run it stands."""
+    def objective(self, batch: Batch, place: Tensor) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and the loss, or the losses, to log: sums over this device's part of a batch, in nats."""
+        if self.teacher is None:
+            loss = self.loss_sum(batch, place)
+            return loss, loss.detach()
+        taught = self.teacher.logits(batch.tokens, *self._positions_and_mask(batch))
+        return self.teacher.objective(self.loss_sum(batch, place, logits=True), taught, batch.targets)
+
+    def loss_sum(self, batch: Batch, place: Tensor, logits: bool = False) -> Tensor:
+        """Sum of the losses of this device's part of a batch, in nats; `place` says where in the run it stands.
+
+        With `logits` those (B, T, V) instead.
+        """
         (model,) = self.parts
         if self.noise is not None:
             self.noise.stand(place, len(batch.tokens))
-        return model(
-            batch.tokens, batch.targets, *self.sequences.positions_and_mask(batch.documents, len(batch.tokens))
-        )
+        return model(batch.tokens, None if logits else batch.targets, *self._positions_and_mask(batch))
+
+    def _positions_and_mask(self, batch: Batch) -> tuple[Any, Any]:
+        return self.sequences.positions_and_mask(batch.documents, len(batch.tokens))
 
     def count_tokens(self, batch: Batch) -> Tensor:
         """Tokens of the global batch that a loss is computed for; every stage of a pipeline counts the same ones."""
@@ -346,21 +367,24 @@ class Trainer:
 
     def log(self, recorder: Recorder, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
         """Read the step's figures from the device (the one place where the host waits for it) and record them."""
-        figures = torch.stack([self.mesh.sum_over_data(loss.clone()), grad_norm]).tolist()
+        figures = torch.cat([grad_norm.view(1), self.mesh.sum_over_data(loss.clone()).view(-1)]).tolist()
+        norm, loss_per_token, *of_teacher = figures
         self.check_finite()
         row = {
             "step": self.step,
-            "loss": figures[0],
-            "grad_norm": figures[1],
+            "loss": loss_per_token,
+            "grad_norm": norm,
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens": self.step * self.config.tokens_per_step,
         }
+        if of_teacher:
+            row["distillation_loss"] = of_teacher[0]
         if self.held_out is not None:
-            row["bits_per_byte"] = bits_per_byte(figures[0], self.held_out.tokens_per_byte)
+            row["bits_per_byte"] = bits_per_byte(loss_per_token, self.held_out.tokens_per_byte)
         recorder.record(row | self.throughput.read(self.step, waited) | self.step_times.read(waited))
         if self.step_times.slow:
             recorder.event(self.step, "slow_rank", self.step_times.slow)
-        spike = self.spikes.seen(figures[0])
+        spike = self.spikes.seen(loss_per_token)
         if spike:
             recorder.event(self.step, "spike", f"{spike}; {self.where_the_rows_are()}")
 
@@ -555,22 +579,6 @@ class Trainer:
             'optimizer.lr, more schedule.warmup_steps or a smaller training.max_grad_norm, or faults.non_finite = "skip"; '
             f"newcompute rows --run {self.folder.path} --step STEP prints the text of a step."
         )
-
-
-def build_model(config: Config, mesh: Mesh, shape: LlamaShape) -> parallelize.Parallel:
-    """A parallelised model on its device; weights allocated, not yet set."""
-    with torch.device("meta"):
-        model = Llama(shape, context=config.training.sequence_length)
-    built = parallelize.apply(model, config, mesh)
-    for part in built.parts:
-        part.to_empty(device="cpu" if config.parallel.cpu_offload else mesh.device)
-        part.reset_after_to_empty()
-        for buffer_owner in part.modules() if config.parallel.cpu_offload else ():
-            for name, buffer in buffer_owner.named_buffers(recurse=False):
-                buffer_owner._buffers[name] = buffer.to(mesh.device)
-    if built.noise is not None:
-        built.noise.fill()
-    return built
 
 
 def _due(interval: int, step: int, final: bool) -> bool:

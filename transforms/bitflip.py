@@ -279,6 +279,10 @@ class Bitflip(Effect):
         self.register_buffer("table", torch.empty(size, dtype=torch.int64), persistent=False)
 
     @property
+    def random(self) -> bool:
+        return self.law.name != "none"
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.table,)
 

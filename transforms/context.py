@@ -63,6 +63,11 @@ class Noise:
     def register(self, effect: Effect) -> None:
         self._effects.append(effect)
 
+    @property
+    def random(self) -> bool:
+        """Whether any effect is; otherwise all chips and steps are alike."""
+        return any(effect.random for effect in self._effects)
+
     def track(self, name: str, range_: Range) -> None:
         self.ranges[name] = range_
 

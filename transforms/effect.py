@@ -47,6 +47,11 @@ class Effect(nn.Module):
     """Whether it belongs to the chip, and not to the step."""
     code: Any
 
+    @property
+    def random(self) -> bool:
+        """Whether it depends on the noise."""
+        return bool(self.code.stochastic)
+
     def __init__(self, noise: Noise, name: str, role: str, stream: str = ""):
         super().__init__()
         self.noise, self.name, self.role, self.stream = noise, name, role, stream

@@ -1,0 +1,20 @@
+"""Files of converters' ranges: of a calibration, or beside an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def read_ranges(file: Path) -> dict[str, Tensor]:
+    """
+    Raises:
+        ValueError: it is no file of ranges.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} holds no ranges: {error}; newcompute calibrate writes such a file") from error
