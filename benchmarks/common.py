@@ -99,9 +99,6 @@ def write_json(result: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def first_characters(data: Path, count: int, folder: Path) -> Path:
-    """The beginning of WikiText-2's validation text as a file in `folder`."""
-    whole = (data / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")
-    text = folder / "text.txt"
-    text.write_text(whole[:count], encoding="utf-8")
-    return text
+def wikitext(data: Path) -> str:
+    """WikiText-2's validation text, of the data folder."""
+    return (data / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")
