@@ -1,6 +1,6 @@
 """What training on each kind of hardware does to a small model, and what its simulation costs.
 
-    python benchmarks/hardware_training.py debug         # 24 runs of 1,000 steps, about 40 minutes on two cores
+    python benchmarks/hardware_training.py debug         # 24 runs of 1,000 steps, about an hour on two cores
     python benchmarks/hardware_training.py quickstart    # the quickstart once for each, two processes
     python benchmarks/hardware_training.py debug --table # the page again, from the result file
 

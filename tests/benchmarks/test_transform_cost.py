@@ -12,8 +12,10 @@ from benchmarks import common
 from benchmarks.transform_cost import GOALS, configuration, summary
 
 SCRIPT = str(ROOT / "benchmarks" / "transform_cost.py")
-QUICK = """--device cpu --models quickstart --rounds 2 --seconds 0.01 --max-steps 1 --training.global_batch_size 2
-    --training.sequence_length 32""".split()
+QUICK = [
+    "--device", "cpu", "--models", "quickstart", "--rounds", "2", "--seconds", "0.01", "--max-steps", "1",
+    "--training.global_batch_size", "2", "--training.sequence_length", "32",
+]  # fmt: skip
 
 
 def test_ratios_are_recorded_and_not_measured_again(tmp_path):
