@@ -31,7 +31,7 @@ INLINE = {
     "mxfp4": 'kind = "quantise"\nweight = { format = "mxfp4" }\ninput = { format = "mxfp4" }\n',
     "optical_8bit": _OPTICAL,
     "optical_linear": _OPTICAL + "attention = false\n",
-    "optical_tiled": _OPTICAL + "tile = 128\n",
+    "optical_tiled": _OPTICAL + "tile = 256\n",
     "bitflip_all_bits": f'kind = "bitflip"\nweight = {_ALL_BITS}1.25 }}\ninput = {_ALL_BITS}30.0 }}\n',
 }
 """Effects that are measured under these names where `configs/transforms/` has no file of that name."""

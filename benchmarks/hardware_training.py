@@ -8,7 +8,7 @@
 less than a minute. Beside each run, on the other core, one more clean run is always training: the pacer. Both rates are
 medians over the steps that both made at the same time, after compilation and warm-up, so that whatever slows the machine slows
 both; the cost is the pacer's rate over the run's. Clean runs are measured against the pacer as well, which shows how far
-such a ratio can be trusted. Steps whose gradient is not finite are left out and counted; ten in a row end a run.
+such a ratio can be trusted. Steps whose gradient is not finite are left out and counted; more than ten in a row end a run.
 
 `quickstart`: configs/quickstart.toml, evaluated with the effects and without; no costs, since it takes both cores.
 
@@ -178,7 +178,7 @@ def cost(rows: list[dict[str, Any]], pacer: list[dict[str, Any]], steps: int) ->
     return {"tokens_per_second": own, "tokens_per_second_of_pacer": clean, "cost": clean / own if known else None}
 
 
-def campaign(name: str, plan: Plan, options: argparse.Namespace, result: dict[str, Any], work: Path) -> None:
+def campaign(plan: Plan, options: argparse.Namespace, result: dict[str, Any], work: Path) -> None:
     """Make the runs that `result` does not have yet, seed by seed; it is written after each."""
     done = {(row["effect"], row["seed"]) for row in result["runs"]}
     wanted = [(effect, seed) for seed in options.seeds for effect in options.effects if (effect, seed) not in done]
@@ -191,7 +191,7 @@ def campaign(name: str, plan: Plan, options: argparse.Namespace, result: dict[st
             rows, finished = runs.finish(f"{effect}-{seed}", effect, seed)
             row = {"effect": effect, "seed": seed, "finished": finished, **figures(rows)}
             if plan.paced:
-                row |= cost(rows, runs.rows(pacer), rows[-1]["step"])
+                row |= cost(rows, runs.rows(pacer), rows[-1]["step"] if rows else 0)
             result["runs"].append(row | made)
             common.write_json(result, options.out)
             print(f"  {row}", flush=True)
@@ -316,7 +316,7 @@ def main() -> None:
     options, plan = parse()
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
-            campaign(options.plan, plan, options, opened(options, plan, Path(folder)), Path(folder))
+            campaign(plan, options, opened(options, plan, Path(folder)), Path(folder))
     write_page(options)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from statistics import fmean
 
 import pytest
 from support import ROOT, run_python
 
 from benchmarks import common
-from benchmarks.hardware_training import PLANS, cost, figures, line, section
+from benchmarks.hardware_training import PLANS, Plan, campaign, cost, figures, line, section
 
 TINY = """--data.source files --data.validation_fraction 0.1 --tokenizer.kind bytes --compile.enabled false
     --model.shape.dim 32 --model.shape.num_layers 2 --model.shape.num_heads 4 --model.shape.num_kv_heads 2
@@ -106,6 +107,19 @@ def test_tiny_runs_are_recorded_and_not_made_again(tmp_path, text_corpus):
     other = run_python(SCRIPT, *common_flags, "--training.sequence_length", "32", check=False)
     assert other.returncode == 1
     assert "is of other settings" in other.stderr
+
+
+def test_a_run_that_hardware_breaks_is_a_result(tmp_path, text_corpus, monkeypatch):
+    monkeypatch.setitem(common.INLINE, "broken", 'kind = "bitflip"\nweight = { sign_exponent = 0.2 }\n')
+    flags = [*TINY, "--data.paths", json.dumps([str(text_corpus / "corpus.txt")])]
+    options = Namespace(seeds=[1], effects=["broken"], flags=flags, out=tmp_path / "result.json")
+    campaign(Plan("", ("broken",), (1,), 1, False), options, {"effects": {}, "runs": []}, tmp_path)
+    (row,) = json.loads(options.out.read_text())["runs"]
+    assert not row["finished"]
+    assert row["bits_per_byte"] is None
+    assert row["non_finite_steps"] > 10  # faults.max_skipped in a row
+    cells = line("broken", [row])
+    assert (cells["runs"], cells["held-out bits per byte"]) == ("0 of 1", "none")
 
 
 def test_an_unknown_effect_is_refused():

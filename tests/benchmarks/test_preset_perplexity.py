@@ -17,10 +17,13 @@ CHARACTERS = 600
 @pytest.fixture
 def presets(tmp_path, monkeypatch):
     """A folder with one preset that is random, one that is not, and one with ranges to calibrate."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
     for name in ("optical_8bit", "int4_a8", "bitflip_all_bits"):
-        (tmp_path / f"{name}.toml").write_text("[[transforms]]\n" + common.INLINE[name])
-    monkeypatch.setattr(common, "PRESETS", tmp_path)
-    return tmp_path
+        text = common.effect_file(name, tmp_path).read_text(encoding="utf-8")
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(common, "PRESETS", folder)
+    return folder
 
 
 def test_figures_are_those_of_the_commands(presets, real_inputs, tmp_path):
