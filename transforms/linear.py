@@ -119,19 +119,22 @@ class TransformedLinear(torch.autograd.Function):
         if torch.compiler.is_compiling() and context is not None:
             context = torch.ops.newcompute.after(context, grad)
             tensors = [torch.ops.newcompute.after(t, grad) if t.requires_grad else t for t in tensors]
-        of_weight, of_input, _ = plan.split(tensors)
+        of_weight, of_input, of_product = plan.split(tensors)
         place = (context, tokens)
         exact_weight, exact_input = plan.exact or (None, None)
         weight = weight.t() if plan.transposed else weight
-        weight, pull_weight = _regenerate(plan.weight, of_weight, weight, place, exact_weight)
-        x, pull_input = _regenerate(plan.input, of_input, x, place, exact_input)
+        weight, chosen_weight, pull_weight = _regenerate(plan.weight, of_weight, weight, place, exact_weight)
+        x, chosen_x, pull_input = _regenerate(plan.input, of_input, x, place, exact_input)
 
         num_weight, num_input = sum(plan.weight_counts), sum(plan.input_counts)
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         tensor_grads: list[Tensor | None] = [None] * len(tensors)
-        gradients = _gradients if plan.product is None else plan.product.gradients
-        of_x, of_w = gradients(grad, x, weight, kept)
+        if plan.product is None:
+            of_x, of_w = _gradients(grad, chosen_x, chosen_weight)
+        else:
+            operands = (x, weight), (chosen_x, chosen_weight)
+            of_x, of_w = plan.product.gradients(grad, *operands, kept, of_product, place)
         if needs[2] or any(needs[7 + num_weight : 7 + num_weight + num_input]):
             grad_x, tensor_grads[num_weight : num_weight + num_input] = pull_input(of_x())
         if needs[3] or any(needs[7 : 7 + num_weight]):
@@ -142,9 +145,7 @@ class TransformedLinear(torch.autograd.Function):
         return None, None, grad_x, grad_weight, grad_bias, None, None, *tensor_grads
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, kept: None
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Functions that give the gradients of x (..., in) and of the weight of an exact product."""
     flat = grad.reshape(-1, grad.shape[-1])
     return lambda: grad @ weight, lambda: flat.t() @ x.reshape(-1, x.shape[-1])
@@ -152,9 +153,9 @@ def _gradients(
 
 def _regenerate(
     codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, exact: int | None = None
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]]:
-    """An operand after all its effects, or the first `exact` ones, and the way of its gradient back through all of them,
-    with those of their tensors."""
+) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]]:
+    """An operand after all its effects; after the first `exact` ones, or all; and the way of its gradient back through all of
+    them, with those of their tensors."""
     pulls: list[tuple[Callable[[Tensor], Any], int]] = []
     chosen = value
     for i, (code, own) in enumerate(zip(codes, tensors)):
@@ -170,7 +171,7 @@ def _regenerate(
             grads = [*own, *grads]
         return grad, grads
 
-    return value if exact is None or exact >= len(codes) else chosen, pull_back
+    return value, value if exact is None or exact >= len(codes) else chosen, pull_back
 
 
 class TransformedOutput(torch.autograd.Function):

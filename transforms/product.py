@@ -13,15 +13,15 @@ and the negative rail give a sum the variance
 
 which is drawn from a normal distribution (a sum of many Poisson counts).
 
-Backward is straight-through: where the converter clipped a tile's sum, that tile gets no gradient. Of this one bit for each
-element is kept.
+Backward is straight-through: where the converter clipped a tile's sum, that tile gets no gradient. Of a single tile one bit
+for each element is kept for this; the sums of several tiles are computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -113,37 +113,65 @@ class ProductCode(Operand):
     def multiply(
         self, x: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """x (..., in) and weight (out, in) -> the sum (..., out), and which tiles' sums were not clipped, packed."""
-        total, packed = None, []
+        """x (..., in) and weight (out, in) -> the sum (..., out), and which sums were not clipped, packed; of several tiles
+        the backward finds that out again, since one bit for each of them would be more than the sum itself."""
+        total, packed = None, None
         for i, part in enumerate(self.tiles(x.shape[-1])):
-            acc = F.linear(x[..., part], weight[:, part])
-            if observing:
-                self.observe(acc, own)
-            variance = None
-            if self.photons:
-                # The inputs' range comes behind what is the converter's own.
-                assert self.weight is not None
-                full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
-                magnitudes = F.linear(x[..., part].abs(), weight[:, part].abs()).float()
-                variance = full_scale * magnitudes / self.photons
-            converted, kept = self.convert(acc, own, place, i, variance)
+            converted, kept = self.tile_sum(i, x[..., part], weight[:, part], weight, own, place, observing)
             total = converted if total is None else total + converted
-            packed += [] if kept is None else [pack(kept)]
+            packed = None if kept is None or self.tile else pack(kept)
         assert total is not None
-        return total.to(x.dtype), torch.stack(packed) if packed else None
+        return total.to(x.dtype), packed
 
-    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor | None) -> tuple[Any, Any]:
-        """Functions that give the gradients of x and of the weight; each is computed only if called."""
-        parts = list(self.tiles(x.shape[-1]))
+    def tile_sum(
+        self, tile: int, x: Tensor, part: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The converted sum of one tile, of which `part` are the weights, and which of it were not clipped."""
+        acc = F.linear(x, part)
+        if observing:
+            self.observe(acc, own)
+        variance = None
+        if self.photons:
+            # The inputs' range comes behind what is the converter's own.
+            assert self.weight is not None
+            full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
+            variance = full_scale * F.linear(x.abs(), part.abs()).float() / self.photons
+        return self.convert(acc, own, place, tile, variance)
 
-        def masked(i: int) -> Tensor:
-            return grad if packed is None else torch.where(unpack(packed[i], grad.shape[-1]), grad, 0)
+    def gradients(
+        self,
+        grad: Tensor,
+        multiplied: tuple[Tensor, Tensor],
+        chosen: tuple[Tensor, Tensor],
+        packed: Tensor | None,
+        own: Sequence[Tensor],
+        place: Place,
+    ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """Functions that give the gradients of x and of the weight; each is computed only if called.
+
+        Args:
+            multiplied: x and weight of the forward's product.
+            chosen: those of the gradients' products.
+            packed: as `multiply` returned it.
+        """
+        parts = list(self.tiles(multiplied[0].shape[-1]))
+        x, weight = multiplied
+        kept: list[Tensor | None] = [None] * len(parts)
+        if packed is not None:
+            kept = [unpack(packed, grad.shape[-1])]
+        elif self.tile and self.converter is not None:
+            kept = [
+                self.tile_sum(i, x[..., part], weight[:, part], weight, own, place, observing=False)[1]
+                for i, part in enumerate(parts)
+            ]
+        masked = [grad if mask is None else torch.where(mask, grad, 0) for mask in kept]
+        x, weight = chosen
 
         def of_x() -> Tensor:
-            return torch.cat([masked(i) @ weight[:, part] for i, part in enumerate(parts)], -1)
+            return torch.cat([g @ weight[:, part] for g, part in zip(masked, parts)], -1)
 
         def of_weight() -> Tensor:
-            flat = [masked(i).reshape(-1, grad.shape[-1]).t() for i in range(len(parts))]
+            flat = [g.reshape(-1, g.shape[-1]).t() for g in masked]
             return torch.cat([g @ x[..., part].reshape(g.shape[1], -1) for g, part in zip(flat, parts)], -1)
 
         return of_x, of_weight

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transforms.formats import Float, Format, named
 
+_E4M3 = named("fp8_e4m3")
 _SMALLEST = torch.finfo(torch.float32).tiny
 _E8M0 = (-126, 127)
 """Exponents of the shared scale of a microscaling block; the format's -127 is a float32 subnormal."""
@@ -97,7 +98,7 @@ class Scaling:
 
     def _two_level(self, blocks: Tensor, largest: Tensor, form: Format) -> Tensor:
         """A block's scale is itself stored as E4M3, relative to one of the tensor or, for activations, of the row."""
-        inner = named("fp8_e4m3")
+        inner = _E4M3
         if self.of_weight:
             whole = self._agreed(largest.amax(), "max")
         else:
