@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -314,6 +315,7 @@ def write_page(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options, plan = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the runs that were started
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
             campaign(plan, options, opened(options, plan, Path(folder)), Path(folder))
