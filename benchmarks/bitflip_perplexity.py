@@ -22,7 +22,6 @@ case.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(RO
 
 import torch  # noqa: E402
 
+from benchmarks import common  # noqa: E402
 from evals.chips import TransformList, Trials, text_over_chips  # noqa: E402
 from evals.models import EvalModel, load_model  # noqa: E402
 from evals.sweep import FIGURES, at_probability, describe, draw  # noqa: E402
@@ -88,14 +88,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     model = load_model(str(options.data / "stories260K"), options.device, "float32")
     protocol = choose_protocol(model.context, None, None)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        whole = (options.data / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")
-        text.write_text(whole[: options.characters], encoding="utf-8")
+        text.write_text(common.wikitext(options.data)[: options.characters], encoding="utf-8")
         clean = evaluate_text(model, [text], protocol)
         figures = clean[str(text)]
         print(f"clean: {figures['perplexity']:.4f} over {figures['tokens']:,} tokens", flush=True)
@@ -125,7 +123,7 @@ def main() -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    (folder / "bitflip_perplexity.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write_json(result, folder / "bitflip_perplexity.json")
     curves = {name: case["points"] for name, case in result["cases"].items()}
     title = f"stories260K, WikiText-2 validation, {result['chips']} chips"
     draw(curves, result["clean"], title, folder / "bitflip_perplexity.png")

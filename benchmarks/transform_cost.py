@@ -1,25 +1,25 @@
 """What hardware effects cost: time of a training step with them over that of the clean one.
 
-    python benchmarks/transform_cost.py [--models quickstart,60M,200M,1.1B] [--preset FILE.toml ...] [--rounds 6 ...]
+    python benchmarks/transform_cost.py [--models 60M,200M] [--effects int8,optical_8bit] [--rounds 6 ...] [--resume]
 
 Both runs are whole `Trainer`s (FSDP2 on one process, compiled blocks and loss, clipping, fused AdamW) on random rows of
-2,048 tokens (quickstart: its own 16 rows of 256), in one process. They take turns in blocks of steps, in changing order,
-and a ratio is taken inside a round, between blocks that are seconds apart: a machine's speed drifts by more than the
-difference looked for. On CPU the larger models keep their widths but only some layers (`--cpu-layers`), which time and
-memory allow; a layer's share of the effect's cost stays what it is, the head's share of the clean time grows.
+2,048 tokens (quickstart: its own 16 rows of 256), in one process; on a GPU in bfloat16, on a CPU in float32. They take turns
+in blocks of steps, in changing order, and a ratio is taken inside a round, between blocks that are seconds apart: a
+machine's speed drifts by more than the difference looked for. On CPU the larger models keep their widths but only some
+layers (`--cpu-layers`), which time and memory allow; a layer's share of the effect's cost stays what it is, the head's
+share of the clean time grows. The result is written after each effect; with `--resume`, those in it are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(RO
 
 import torch  # noqa: E402
 
+from benchmarks import common  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
 from parallel.apply import compute_dtype  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
@@ -37,20 +38,30 @@ from train.job import keep_freed_memory  # noqa: E402
 from train.trainer import Trainer  # noqa: E402
 
 WARM_STEPS = 3
+GOALS = {
+    "bitflip_published": 1.05, "int8": 1.05, "bitnet_b158": 1.05, "mxfp4": 1.05, "fp8_e4m3": 1.05,
+    "optical_linear": 1.15, "optical_8bit": 1.15, "optical_tiled": 1.15,
+}  # fmt: skip
+"""The effects that are measured, and what a step may take over a clean one on a GPU."""
+MODELS = {"cpu": "quickstart,60M", "cuda": "60M,200M"}
+ROWS = {"cpu": 1, "cuda": 16}
+"""Rows of 2,048 tokens: a GPU needs more than one to be busy."""
 
 
-def configuration(model: str, device: str, layers: int | None, presets: list[str]) -> Config:
-    """The run of one model: with the presets, or clean without."""
+def configuration(
+    model: str, device: str, layers: int | None, rows: int, files: list[str], further: list[str]
+) -> Config:
+    """The run of one model: with the transforms of `files`, or clean without."""
     if model == "quickstart":
         flags = "--model.size debug --training.global_batch_size 16 --training.sequence_length 256"
     else:
-        flags = f"--model.size {model} --training.global_batch_size 1 --training.sequence_length 2048"
+        flags = f"--model.size {model} --training.global_batch_size {rows} --training.sequence_length 2048"
     if layers:
         flags += f" --model.shape.num_layers {layers}"
     if model == "quickstart":
         flags += " --model.shape.vocab_size 2048"
     flags += f" --run.device {device} --data.source random --training.steps 100000 --validation.interval 0"
-    return load_config(presets, flags.split(), world_size=1)
+    return load_config(files, [*flags.split(), *further], world_size=1)
 
 
 class Runner:
@@ -80,33 +91,35 @@ class Runner:
         return time.perf_counter()
 
 
-def measure(model: str, options: argparse.Namespace, mesh: meshes.Mesh) -> dict[str, Any]:
-    """Figures of one model: milliseconds of a step clean and transformed, and their ratio."""
+def measure(model: str, file: Path, options: argparse.Namespace, mesh: meshes.Mesh) -> dict[str, Any]:
+    """Figures of one model under one effect: milliseconds of a step clean and transformed, and their ratio."""
     device = mesh.device.type
     layers = None if device == "cuda" else options.cpu_layers.get(model)
     torch._dynamo.reset()
     runners, peak = {}, {}
-    for name, presets in (("clean", []), ("transformed", options.preset)):
+    for name, files in (("clean", []), ("transformed", [str(file)])):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        runners[name] = Runner(configuration(model, device, layers, presets), mesh)
+        runners[name] = Runner(configuration(model, device, layers, options.rows, files, options.flags), mesh)
         compile_seconds = runners[name].run(1)
         runners[name].run(WARM_STEPS)
         if device == "cuda":
             peak[name] = torch.cuda.max_memory_allocated() - before
-        print(f"{model} {name}: first step {compile_seconds:.1f} s", flush=True)
+        print(f"{model} {file.stem} {name}: first step {compile_seconds:.1f} s", flush=True)
     steps = max(1, min(options.max_steps, round(options.seconds / (runners["clean"].run(2) / 2))))
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for r in range(options.rounds):
         for name in list(runners)[:: 1 if r % 2 else -1]:
             runners[name].run(1)
             seconds[name].append(runners[name].run(steps) / steps)
-        print(f"{model} round {r + 1}: ratio {seconds['transformed'][-1] / seconds['clean'][-1]:.3f}", flush=True)
+        print(
+            f"{model} {file.stem} round {r + 1}: ratio {seconds['transformed'][-1] / seconds['clean'][-1]:.3f}",
+            flush=True,
+        )
     ratios = [noisy / clean for noisy, clean in zip(seconds["transformed"], seconds["clean"])]
     config = runners["transformed"].trainer.config
     return {
-        "model": model,
         "layers": named_shape(config.model).num_layers,
         "tokens": config.tokens_per_step,
         "compute_dtype": str(compute_dtype(config, mesh.device)).removeprefix("torch."),
@@ -122,47 +135,81 @@ def measure(model: str, options: argparse.Namespace, mesh: meshes.Mesh) -> dict[
 
 
 def parse() -> argparse.Namespace:
-    preset = str(ROOT / "configs" / "transforms" / "bitflip_published.toml")
-    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser = argparse.ArgumentParser(description="See the head of this file. Other flags go to the configuration.")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--models", default="quickstart,60M,200M,1.1B")
-    parser.add_argument("--preset", nargs="+", default=[preset], help="TOML files with [[transforms]]")
+    parser.add_argument("--models", help=f"comma-separated; default: {MODELS['cpu']} on CPU, {MODELS['cuda']} on a GPU")
+    parser.add_argument("--effects", default=",".join(GOALS), help="presets of configs/transforms and others by name")
+    parser.add_argument("--rows", type=int, help="rows of 2,048 tokens in a step; default: 1 on CPU, 16 on a GPU")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=5.0, help="clean time of a block of steps")
     parser.add_argument("--max-steps", type=int, default=50)
     parser.add_argument("--cpu-layers", type=json.loads, default={"200M": 4, "1.1B": 2})
+    parser.add_argument("--resume", action="store_true", help="keep what the result file has")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/transform_cost_DEVICE.json")
-    return parser.parse_args()
+    options, options.flags = parser.parse_known_args()
+    options.effects = options.effects.split(",")
+    unknown = [name for name in options.effects if name not in common.effects()]
+    if unknown:
+        parser.error(f"--effects: {unknown[0]!r} is none of {', '.join(common.effects())}")
+    return options
+
+
+def one(model: str, effect: str, options: argparse.Namespace, mesh: meshes.Mesh, work: Path) -> dict[str, Any]:
+    """The row of one model and effect; where the memory is too small it says so."""
+    file = common.effect_file(effect, work)
+    row: dict[str, Any] = {"model": model, "effect": effect, "transforms": common.tables(file)}
+    row["load_average_before"] = os.getloadavg()
+    try:
+        row |= measure(model, file, options, mesh)
+    except torch.OutOfMemoryError as error:
+        print(f"{model} {effect}: {error}", flush=True)
+        row["out_of_memory"] = True
+    gc.collect()  # trainers hold themselves in cycles
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+        row["goal"] = GOALS.get(effect)
+    return row
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in words."""
+    if row.get("out_of_memory"):
+        return f"{row['model']:>10} {row['effect']:>18}: not enough memory"
+    goal = f", goal {row['goal']:.2f}" if row.get("goal") else ""
+    return (
+        f"{row['model']:>10} {row['effect']:>18} ({row['layers']} layers, {row['tokens']} tokens): clean "
+        f"{row['milliseconds_clean']:.1f} ms, with the effect {row['milliseconds_transformed']:.1f} ms, ratio "
+        f"{row['ratio_median']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f}){goal}"
+    )
 
 
 def main() -> None:
     options = parse()
     mesh = meshes.start(options.device)
-    if mesh.device.type == "cpu":
+    kind = mesh.device.type
+    if kind == "cpu":
         keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("high")
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else cpu
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "device": device, "threads": torch.get_num_threads(),
-        "versions": {package: version(package) for package in ("torch", "triton")},
-        "presets": [Path(name).name for name in options.preset], "load_average_before": os.getloadavg(), "models": [],
-    }  # fmt: skip
+    device = torch.cuda.get_device_name() if kind == "cuda" else common.processor()
+    options.rows = options.rows or ROWS[kind]
+    slug = device.lower().replace(" ", "_") if kind == "cuda" else "cpu"
+    out = (options.out or common.RESULTS / f"transform_cost_{slug}.json").absolute()
+    made = common.origin(device, ("torch", "triton")) | {"flags": options.flags} | {"threads": torch.get_num_threads()}
+    rows: list[dict[str, Any]] = []
+    if options.resume and out.exists():
+        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    done = {(row["model"], row["effect"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for model in options.models.split(","):
-            result["models"].append(measure(model, options, mesh))
-    for row in result["models"]:
-        print(
-            f"{row['model']:>10} ({row['layers']} layers, {row['tokens']} tokens): clean {row['milliseconds_clean']:.1f} ms, "
-            f"transformed {row['milliseconds_transformed']:.1f} ms, ratio {row['ratio_median']:.3f} "
-            f"({row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
-        )
-    slug = device.lower().replace(" ", "_") if mesh.device.type == "cuda" else "cpu"
-    out = options.out or ROOT / "benchmarks" / "results" / f"transform_cost_{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        for model in (options.models or MODELS[kind]).split(","):
+            for effect in options.effects:
+                if (model, effect) not in done:
+                    rows.append(one(model, effect, options, mesh, Path(folder)) | made)
+                    common.write_json({"rows": rows}, out)
+        os.chdir(common.ROOT)  # the folder is removed
+    for row in rows:
+        print(summary(row))
     print(f"wrote {out}")
     torch.distributed.destroy_process_group()
 
