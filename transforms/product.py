@@ -189,21 +189,21 @@ def convert(
     return found, (acc.abs() <= range_) | (range_ <= 0)
 
 
-_BITS = 8
+_BITS = 32
 
 
 def pack(mask: Tensor) -> Tensor:
-    """(..., N) bool as (..., N / 8) uint8, the last filled up."""
+    """(..., N) bool as (..., N / 32) int32, the last filled up. Words, not bytes: Inductor vectorises them on CPU."""
     missing = -mask.shape[-1] % _BITS
-    bits = F.pad(mask.to(torch.uint8), (0, missing)) if missing else mask.to(torch.uint8)
-    weights = 1 << torch.arange(_BITS, device=mask.device, dtype=torch.uint8)
-    return (bits.unflatten(-1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8)
+    bits = F.pad(mask, (0, missing)) if missing else mask
+    place = torch.arange(_BITS, device=mask.device, dtype=torch.int32)
+    return (bits.unflatten(-1, (-1, _BITS)).to(torch.int32) << place).sum(-1, dtype=torch.int32)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
     """What was packed."""
-    weights = 1 << torch.arange(_BITS, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] & weights) != 0).flatten(-2)[..., :width]
+    place = torch.arange(_BITS, device=packed.device, dtype=torch.int32)
+    return ((packed[..., None] >> place) & 1).flatten(-2)[..., :width] != 0
 
 
 class Product(Effect):
