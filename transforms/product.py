@@ -19,8 +19,9 @@ element is kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from transforms.context import Noise
 from transforms.effect import Effect
+from transforms.formats import Integer
 from transforms.noise import stream_key
 from transforms.operands import Draw, Operand, lane_normals, lane_uniforms, positions_and_samples
 from transforms.quantise import QuantiseCode
@@ -54,9 +56,22 @@ class ProductCode(Operand):
     first_column: int = 0
     first_tile: int = 0
     """Of the first of these inputs."""
+    text: str = field(init=False, compare=False, repr=False)
+    """What its kernel depends on besides, as an argument of an operation: levels on each side of 0, whether rounding is
+    stochastic, photons. Empty where it has none."""
     of_weight = False
     persistent = False
     first_row = columns = 0
+
+    def __post_init__(self) -> None:
+        code, text = self.converter, ""
+        if code is not None and code.scaling.kind == "range" and isinstance(code.form, Integer) and code.form.signed:
+            text = json.dumps([code.form.largest, code.stochastic, self.photons])
+        object.__setattr__(self, "text", text)
+
+    def has_kernel(self, acc: Tensor) -> bool:
+        """Whether one kernel converts these sums, notes the largest and packs what it clips."""
+        return acc.is_cuda and self.text != ""
 
     @property
     def stochastic(self) -> bool:
@@ -95,6 +110,8 @@ class ProductCode(Operand):
         self, acc: Tensor, own: Sequence[Tensor], place: Place, observing: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The conversion of finished sums, in their dtype, and which of them were not clipped."""
+        if self.has_kernel(acc):
+            return kernels.convert(self, acc, own, place, observing)
         if observing:
             self.observe(acc, own)
         found, kept = self.convert(acc, own, place)
@@ -114,18 +131,34 @@ class ProductCode(Operand):
         self, x: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool
     ) -> tuple[Tensor, Tensor | None]:
         """x (..., in) and weight (out, in) -> the sum (..., out), and which tiles' sums were not clipped, packed."""
-        total, packed = None, []
-        for i, part in enumerate(self.tiles(x.shape[-1])):
+        total, packed, full_scale = None, [], None
+        parts = list(self.tiles(x.shape[-1]))
+        if self.photons:
+            # The inputs' range comes behind what is the converter's own.
+            assert self.weight is not None
+            full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
+        for i, part in enumerate(parts):
             acc = F.linear(x[..., part], weight[:, part])
+            magnitudes = F.linear(x[..., part].abs(), weight[:, part].abs()) if self.photons else None
+            if self.has_kernel(acc):
+                total, kept = kernels.convert(
+                    self,
+                    acc,
+                    own,
+                    place,
+                    observing,
+                    tile=i,
+                    total=total,
+                    magnitudes=magnitudes,
+                    full_scale=full_scale,
+                    single=i + 1 < len(parts),
+                    packs=True,
+                )
+                packed.append(kept)
+                continue
             if observing:
                 self.observe(acc, own)
-            variance = None
-            if self.photons:
-                # The inputs' range comes behind what is the converter's own.
-                assert self.weight is not None
-                full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
-                magnitudes = F.linear(x[..., part].abs(), weight[:, part].abs()).float()
-                variance = full_scale * magnitudes / self.photons
+            variance = None if magnitudes is None else full_scale * magnitudes.float() / self.photons
             converted, kept = self.convert(acc, own, place, i, variance)
             total = converted if total is None else total + converted
             packed += [] if kept is None else [pack(kept)]
@@ -232,3 +265,8 @@ class Product(Effect):
     def set_strength(self, strength: float) -> None:
         if self.code.blended and not self.strength.is_meta:
             self.strength.fill_(strength)
+
+
+if torch.cuda.is_available():
+    # Triton is imported only where it can run; it comes last, since the kernels import the code above.
+    from transforms.kernels import convert as kernels
