@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transforms import attention, product
 from transforms.attention import AttentionPlan, _Step
 from transforms.formats import Float, Integer
 from transforms.noise import philox_4x32
@@ -280,7 +282,7 @@ def interpreted() -> dict[str, list[str]]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("name", [*CASES, *DRAWS, "opcheck"])
+@pytest.mark.parametrize("name", [*CASES, *DRAWS, "layers", "opcheck"])
 def test_interpreted_kernels_give_the_golden_results(interpreted, name):
     assert not interpreted[name]
 
@@ -434,6 +436,75 @@ def test_compiled_code_sees_what_is_written(name, monkeypatch):
     assert {written.name for written in found.read_writes.writes} == wanted
 
 
+def test_compiled_layers_have_the_kernels_in_one_graph(monkeypatch):
+    """Traced without a GPU: shapes and dtypes are those of the golden function, and what a range has seen is written."""
+    import triton
+    from torch._dynamo.backends.common import aot_autograd
+    from triton.backends.compiler import GPUTarget
+
+    from transforms.kernels import convert
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        outputs = [node.meta["val"] for node in graph.graph.output_node().args[0]]
+        return make_boxed_func(lambda *inputs: [torch.zeros(tuple(o.shape), dtype=o.dtype) for o in outputs])
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(product, "kernels", convert, raising=False)
+    case = CASES["noise, strength"]
+    code = replace(case.code(), tile=64, weight=Scaling("tensor", of_weight=True))
+    given = (torch.randn(2, 5, 100).bfloat16(), torch.randn(77, 100).bfloat16(), case.arguments()["own"])
+    place = case.arguments()["place"]
+    wanted = code.multiply(*given, place, True)
+    monkeypatch.setattr(ProductCode, "has_kernel", lambda code, acc: True)
+    with torch.no_grad():
+        traced = torch.compile(
+            lambda *given: code.multiply(*given, place, True), backend=aot_autograd(fw_compiler=keep), fullgraph=True
+        )
+        found = traced(*given)
+    assert [(f.shape, f.dtype) for f in found] == [(w.shape, w.dtype) for w in wanted]
+    calls = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert [set(node.kwargs["tensors_to_clone"]) for node in calls] == [{"seen", "out", "kept"}] * 2
+
+
+def check_layers() -> list[str]:
+    """Products of a linear layer and of attention that take the kernel, against themselves without it."""
+    from transforms.kernels import convert
+
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, 5, 100, generator=generator), torch.randn(77, 100, generator=generator) / 10
+    q, k = torch.randn(2, 4, 5, 16, generator=generator), torch.randn(2, 2, 9, 16, generator=generator)
+    place = (torch.tensor([STEP, GROUP, FIRST_SAMPLE]), None)
+    case = CASES["stochastic"]
+    tiled = replace(case.code(), tile=48, weight=Scaling("tensor", of_weight=True))
+    plan = AttentionPlan(None, None, None, None, case.code(), case.code(), (), first_head=2)
+    permuted = torch.arange(9).flip(0)
+
+    def results(code: ProductCode) -> list[Tensor | None]:
+        own = [case.arguments()["own"] for _ in range(4)]
+        scores = {"scores": own[2], "context": own[2]}
+        found = [*code.multiply(x, weight, own[0], place, True), *code.through(x, own[1], place, True)]
+        for name, keys in (("scores", None), ("context", permuted), ("scores", permuted)):
+            step = _Step(plan, 1.0, scores, place, keys)
+            found += step._product(plan.scores, name, q, k.transpose(-1, -2), slice(3, 8), True)
+        return [*found, *(tensors[2] for tensors in own)]
+
+    wanted = results(tiled)
+    with pytest.MonkeyPatch.context() as patch, Calls() as calls:
+        patch.setattr(ProductCode, "has_kernel", lambda code, acc: True)
+        for module in (product, attention):
+            patch.setattr(module, "kernels", convert, raising=False)
+        found = results(tiled)
+    problems = [f"{len(calls.found)} calls"] if len(calls.found) != 3 + 1 + 2 else []
+    return problems + [f"result {i}" for i, both in enumerate(zip(found, wanted)) if not torch.equal(*both)]
+
+
 class Calls(TorchDispatchMode):
     """Notes the calls of the project's operations."""
 
@@ -512,4 +583,6 @@ if __name__ == "__main__":
 
     # The interpreter's kernels are launched as they are.
     converter.wrap_triton = drawing.wrap_triton = lambda kernel: kernel
-    print(json.dumps({**run_all("cpu"), "opcheck": check_operations("cpu", ("test_schema",))}))
+    print(
+        json.dumps({**run_all("cpu"), "layers": check_layers(), "opcheck": check_operations("cpu", ("test_schema",))})
+    )
