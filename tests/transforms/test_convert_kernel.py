@@ -1,7 +1,7 @@
 """The Triton kernels of converters and of random numbers against the golden functions.
 
-As for bit errors (`test_kernels.py`), one other process runs all cases in Triton's interpreter, and kernels are compiled
-ahead of time for an H100.
+As for bit errors (`test_kernels.py`), one other process runs all cases in Triton's interpreter, and kernels are
+compiled ahead of time for an H100.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def check_draws(rows: int, width: int, normal: bool, device: str) -> list[str]:
     if not normal:
         return [] if torch.equal(found, wanted) else ["uniform numbers differ"]
     exact = exact_normals(key, position, sample, step, width)
-    # torch's own are 2 units of the last place from exact, and so the kernel's on a GPU; numpy's logarithm alone has 2.5.
+    # torch's own are up to 2 units of the last place from exact; of the interpreter's numpy the logarithm alone is 2.5.
     unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)).double() - exact.float().abs()
     apart = float(((found.double() - exact).abs() / unit).max())
     return [f"{apart} units in the last place from exact"] if apart > (4 if device == "cpu" else 3) else []
@@ -437,7 +437,7 @@ def test_compiled_code_sees_what_is_written(name, monkeypatch):
 
 
 def test_compiled_layers_have_the_kernels_in_one_graph(monkeypatch):
-    """Traced without a GPU: shapes and dtypes are those of the golden function, and what a range has seen is written."""
+    """Traced without a GPU: shapes and dtypes are the golden function's, and what a range has seen is written."""
     import triton
     from torch._dynamo.backends.common import aot_autograd
     from triton.backends.compiler import GPUTarget

@@ -1,18 +1,19 @@
 """The converter of an analog product on NVIDIA GPUs: what `ProductCode.convert`, `observe` and `pack` do, in one pass.
 
-It reads the sums as the matrix product wrote them, once, and writes converted ones, a bit for each that was not clipped,
-and the largest magnitude. Shot noise reads the sums of magnitudes beside them, and tiles the total so far.
+It reads the sums as the matrix product wrote them, once, and writes converted ones, a bit for each that was not
+clipped, and the largest magnitude. Shot noise reads the sums of magnitudes beside them, and tiles the total so far.
 
-A program has some chunks of 128 elements, numbered as random numbers are: along the columns of the unsharded operand, so
-that a shard's first chunk may begin before its rows do. Call i of Philox serves elements i, i + 16, ..., i + 112, hence
-a chunk is worked on by eighths of 16 columns, and random words stay in the thread that drew them. With 64 chunks for 128
-threads one has 8 neighbouring columns of each eighth: it moves 16 bytes of bfloat16 at a time, and packs its 8 bits.
+A program has some chunks of 128 elements, numbered as random numbers are: along the columns of the unsharded operand,
+so that a shard's first chunk may begin before its rows do. Call i of Philox serves elements i, i + 16, ..., i + 112,
+hence a chunk is worked on by eighths of 16 columns, and random words stay in the thread that drew them. With 64 chunks
+for 128 threads one has 8 neighbouring columns of each eighth: it moves 16 bytes of bfloat16 at a time, and packs its
+own 8 bits.
 
 Results are the golden ones bit for bit at full strength and without shot noise, so every operation rounds by itself. A
 compiler may contract a product and a sum to one operation, and torch.compile has no way to forbid it; where it would
-change a result a selection stands between the two (as it does in the golden function, for a range that is not known yet).
-The blend of a warm-up contracts on purpose, as torch's does on most devices. Normal numbers agree within 2 units in the
-last place, so a rounded sum with shot noise may differ where it was that close to a threshold.
+change a result a selection stands between the two (as it does in the golden function, for a range that is not known
+yet). The blend of a warm-up contracts on purpose, as torch's does on most devices. Normal numbers agree up to their last
+places, so a rounded sum with shot noise may differ where it was that close to a threshold.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def _convert(
     single: bool,
     packs: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Converted sums, in float32 where `single`, else in their dtype; and which were not clipped, packed or as bytes."""
+    """Converted sums, float32 where `single`, else of their dtype; and which were not clipped, packed or as bytes."""
     acc, magnitudes = acc.contiguous(), None if magnitudes is None else magnitudes.contiguous()
     width = acc.shape[-1]
     rows, skip = acc.numel() // width, first_column % CHUNK.value

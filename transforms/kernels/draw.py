@@ -1,8 +1,8 @@
-"""Uniform and normal numbers on NVIDIA GPUs: `operands.drawn_rows` as one kernel, which writes them and does nothing else.
+"""Uniform and normal numbers on NVIDIA GPUs: `operands.drawn_rows` as one kernel, which writes them and nothing else.
 
-A program has 64 chunks of 128 elements, and each of its threads neighbouring calls, so that it writes 16 bytes at a time
-and nothing is exchanged between threads. Uniform numbers are those of the golden function bit for bit; normal ones agree
-within 2 units in the last place, as far as logarithm and cosine of devices do.
+A program has 64 chunks of 128 elements, and writes 16 bytes of a thread at a time; a thread draws the uniform numbers
+that it writes. Uniform numbers are those of the golden function bit for bit; normal ones agree up to their last places,
+as far as logarithms of devices do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.library import triton_op, wrap_triton
 from transforms.kernels.philox import CHUNK, chunk_words, normals, philox, uniform
 
 CALLS = tl.constexpr(16)
-"""Width of the tile of calls: as many as serve a chunk with uniform numbers, half of those that serve it with normal ones."""
+"""Width of the tile of calls: those that serve a chunk with uniform numbers; normal ones take two such tiles."""
 _TILE = 64
 
 
@@ -24,7 +24,7 @@ _TILE = 64
 def _draw_kernel(
     key, position, sample, step, out, rows, width, chunks, NORMAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first `width` numbers of every row; element 16 e + i of a chunk is that of call i (uniform), or i + 16 (e mod 2)."""
+    """The first `width` numbers of every row. Element 16 e + i of a chunk is of call i, or if normal i + 16 (e mod 2)."""
     item = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row, chunk = item // chunks, item % chunks
     call = tl.arange(0, CALLS)

@@ -71,8 +71,8 @@ def _cosine_and_sine(angle):
     """Of angles from 0 to 2 pi. The device library's functions reduce any angle, for which they keep a table in local
     memory and a branch each; both together here take 20 operations.
 
-    The nearest quarter of a turn is subtracted in three parts, the first two so short that their products are exact; for
-    what remains, at most pi/4, minimax polynomials are within 2^-28 of sin(r) / r and of cos(r).
+    The nearest quarter of a turn is subtracted in three parts, the first two so short that their products are exact;
+    for what remains, at most pi/4, minimax polynomials are within 2^-28 of sin(r) / r and of cos(r).
     """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = angle - quarter * 1.5707931518554688
