@@ -225,13 +225,27 @@ class _Step:
         if code is None:
             return acc, None
         own = self.own[name]
+        magnitudes = _matmul(left.abs(), right.abs()) if code.photons else None
+        full_scale = own[-2 if code.blended else -1] if code.photons else None
+        if code.has_kernel(acc) and (name != "scores" or self.keys is None):
+            heads = (self.plan.first_head, queries.start)
+            return kernels.convert(
+                code,
+                acc,
+                own,
+                self.place,
+                observing,
+                heads=heads,
+                magnitudes=magnitudes,
+                full_scale=full_scale,
+                single=True,
+            )
         if observing:
             code.observe(acc, own)
         acc = acc.float()
         uniform = None
-        if code.photons:
-            magnitudes = _matmul(left.abs(), right.abs()).float()
-            variance = own[-2 if code.blended else -1] * magnitudes / code.photons
+        if magnitudes is not None:
+            variance = full_scale * magnitudes.float() / code.photons
             strength = own[-1] if code.blended else 1.0
             acc = acc + variance.sqrt() * self._drawn(lane_normals, own[0][2:], acc, queries, name) * strength
         if code.converter is None:
@@ -291,3 +305,7 @@ def _masked(scores: Tensor, mask: Tensor | None, queries: slice, begin: int) -> 
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, least)
     return (scores + mask.float()).clamp(min=least)
+
+
+if torch.cuda.is_available():
+    from transforms.kernels import convert as kernels

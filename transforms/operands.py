@@ -151,6 +151,8 @@ def drawn_rows(key: Tensor, position: Tensor, sample: Tensor, step: Tensor, widt
     Args:
         position, sample: (rows,) int64.
     """
+    if key.is_cuda:
+        return kernels.draw(key, position, sample, step, width, normal)
     draw = torch.ops.newcompute.drawn_rows if torch.compiler.is_compiling() else _drawn_rows
     return draw(key, position, sample, step, width, normal)
 
@@ -194,7 +196,6 @@ torch.library.register_fake(
     lambda key, position, sample, step, width, normal: key.new_empty((len(position), width), dtype=torch.float32),
     lib=_library,
 )
-_library.impl("drawn_rows", _drawn_rows, "CUDA")
 
 
 @cache
@@ -211,3 +212,8 @@ _library.impl("drawn_rows", _drawn_rows_on_cpu, "CPU")
 AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
 AUTOGRAD = AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 """Dispatch keys that a call from a forward has and one from a backward has not: excluded, so that both share compiled code."""
+
+
+if torch.cuda.is_available():
+    # Triton is imported only where it can run; it comes last, since the kernels import the code above.
+    from transforms.kernels import draw as kernels

@@ -19,9 +19,10 @@ for each element is kept for this; the sums of several tiles are computed again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from transforms.context import Noise
 from transforms.effect import Effect
+from transforms.formats import Integer
 from transforms.noise import stream_key
 from transforms.operands import Draw, Operand, lane_normals, lane_uniforms, positions_and_samples
 from transforms.quantise import QuantiseCode
@@ -54,9 +56,22 @@ class ProductCode(Operand):
     first_column: int = 0
     first_tile: int = 0
     """Of the first of these inputs."""
+    text: str = field(init=False, compare=False, repr=False)
+    """What its kernel depends on besides, as an argument of an operation: levels on each side of 0, whether rounding is
+    stochastic, photons. Empty where it has none."""
     of_weight = False
     persistent = False
     first_row = columns = 0
+
+    def __post_init__(self) -> None:
+        code, text = self.converter, ""
+        if code is not None and code.scaling.kind == "range" and isinstance(code.form, Integer) and code.form.signed:
+            text = json.dumps([code.form.largest, code.stochastic, self.photons])
+        object.__setattr__(self, "text", text)
+
+    def has_kernel(self, acc: Tensor) -> bool:
+        """Whether one kernel converts these sums, notes the largest and packs what it clips."""
+        return acc.is_cuda and self.text != ""
 
     @property
     def stochastic(self) -> bool:
@@ -95,6 +110,8 @@ class ProductCode(Operand):
         self, acc: Tensor, own: Sequence[Tensor], place: Place, observing: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The conversion of finished sums, in their dtype, and which of them were not clipped."""
+        if self.has_kernel(acc):
+            return kernels.convert(self, acc, own, place, observing)
         if observing:
             self.observe(acc, own)
         found, kept = self.convert(acc, own, place)
@@ -115,28 +132,39 @@ class ProductCode(Operand):
     ) -> tuple[Tensor, Tensor | None]:
         """x (..., in) and weight (out, in) -> the sum (..., out), and which sums were not clipped, packed; of several tiles
         the backward finds that out again, since one bit for each of them would be more than the sum itself."""
-        total, packed = None, None
-        for i, part in enumerate(self.tiles(x.shape[-1])):
-            converted, kept = self.tile_sum(i, x[..., part], weight[:, part], weight, own, place, observing)
+        total, packed, parts = None, None, list(self.tiles(x.shape[-1]))
+        full_scale = self.full_scale(weight, own)
+        for i, part in enumerate(parts):
+            acc, magnitudes = self.tile_sum(x[..., part], weight[:, part])
+            if self.has_kernel(acc):
+                last = i + 1 == len(parts)
+                options: dict[str, Any] = {"tile": i, "total": total, "single": not last, "packs": not self.tile}
+                options |= {"magnitudes": magnitudes, "full_scale": full_scale}
+                total, packed = kernels.convert(self, acc, own, place, observing, **options)
+                continue
+            if observing:
+                self.observe(acc, own)
+            converted, kept = self.convert(acc, own, place, i, self.variance(full_scale, magnitudes))
             total = converted if total is None else total + converted
             packed = None if kept is None or self.tile else pack(kept)
         assert total is not None
-        return total.to(x.dtype), packed
+        return total.to(x.dtype), None if self.tile else packed
 
-    def tile_sum(
-        self, tile: int, x: Tensor, part: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The converted sum of one tile, of which `part` are the weights, and which of it were not clipped."""
-        acc = F.linear(x, part)
-        if observing:
-            self.observe(acc, own)
-        variance = None
-        if self.photons:
-            # The inputs' range comes behind what is the converter's own.
-            assert self.weight is not None
-            full_scale = own[-2 if self.blended else -1] * self.weight.largest(weight)
-            variance = full_scale * F.linear(x.abs(), part.abs()).float() / self.photons
-        return self.convert(acc, own, place, tile, variance)
+    def full_scale(self, weight: Tensor, own: Sequence[Tensor]) -> Tensor | None:
+        """What the largest input and weight multiply to, for shot noise."""
+        if not self.photons:
+            return None
+        assert self.weight is not None
+        # The inputs' range comes behind what is the converter's own.
+        return own[-2 if self.blended else -1] * self.weight.largest(weight)
+
+    def tile_sum(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sum of one tile, and for shot noise that of magnitudes."""
+        return F.linear(x, weight), F.linear(x.abs(), weight.abs()) if self.photons else None
+
+    def variance(self, full_scale: Tensor | None, magnitudes: Tensor | None) -> Tensor | None:
+        """Of the noise on a sum."""
+        return None if magnitudes is None or full_scale is None else full_scale * magnitudes.float() / self.photons
 
     def gradients(
         self,
@@ -160,10 +188,15 @@ class ProductCode(Operand):
         if packed is not None:
             kept = [unpack(packed, grad.shape[-1])]
         elif self.tile and self.converter is not None:
-            kept = [
-                self.tile_sum(i, x[..., part], weight[:, part], weight, own, place, observing=False)[1]
-                for i, part in enumerate(parts)
-            ]
+            full_scale = self.full_scale(weight, own)
+            for i, part in enumerate(parts):
+                acc, magnitudes = self.tile_sum(x[..., part], weight[:, part])
+                if self.has_kernel(acc):
+                    _, kept[i] = kernels.convert(
+                        self, acc, own, place, False, tile=i, magnitudes=magnitudes, full_scale=full_scale
+                    )
+                else:
+                    kept[i] = self.convert(acc, own, place, i, self.variance(full_scale, magnitudes))[1]
         masked = [grad if mask is None else torch.where(mask, grad, 0) for mask in kept]
         x, weight = chosen
 
@@ -264,3 +297,8 @@ class Product(Effect):
     def set_strength(self, strength: float) -> None:
         if self.code.blended and not self.strength.is_meta:
             self.strength.fill_(strength)
+
+
+if torch.cuda.is_available():
+    # Triton is imported only where it can run; it comes last, since the kernels import the code above.
+    from transforms.kernels import convert as kernels

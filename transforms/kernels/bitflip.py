@@ -35,11 +35,9 @@ from torch.library import triton_op, wrap_triton
 
 from transforms import sampling
 from transforms.bitflip import STORAGE, BitflipCode
+from transforms.kernels.philox import CHUNK, chunk_words, philox
 from transforms.operands import positions_and_samples
 
-CHUNK = tl.constexpr(sampling.CHUNK)
-DRAWS_PER_CHUNK = tl.constexpr(sampling.DRAWS)
-CHUNKS_PER_COUNTER_WORD = tl.constexpr(2**32 // sampling.DRAWS)
 CALLS_PER_BIT = tl.constexpr(sampling._CALLS_PER_BIT)
 TIE_DRAW = tl.constexpr(sampling._TIE_DRAW)
 STUCK_DRAW = tl.constexpr(sampling._STUCK_DRAW)
@@ -52,28 +50,12 @@ WHOLE, ALIGNED, SHIFTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Mantissa bits name a format.
 BFLOAT16, FLOAT16, FLOAT32 = tl.constexpr(7), tl.constexpr(10), tl.constexpr(23)
-MULTIPLIER0, MULTIPLIER1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
-INCREMENT0, INCREMENT1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 _MANTISSA = {dtype: mantissa for dtype, _, mantissa in STORAGE.values()}
 _LANES, _PART = 64, 2048
 """Chunk law: chunks of a program, one for each of its threads, and elements that it copies at once."""
 _DENSE_TILE = 16
 """Dense law: chunks of a program."""
-
-
-@triton.jit
-def _philox(counter, draw, key):
-    """The four words of a draw, given the counter of draw 0; see `transforms/noise.py`. All words are uint32."""
-    c0, c1, c2, c3 = counter[0] + draw, counter[1], counter[2], counter[3]
-    key0, key1 = key[0], key[1]
-    for _ in tl.static_range(7):
-        high0, low0 = tl.umulhi(c0, MULTIPLIER0), c0 * MULTIPLIER0
-        high1, low1 = tl.umulhi(c2, MULTIPLIER1), c2 * MULTIPLIER1
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 += INCREMENT0
-        key1 += INCREMENT1
-    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -86,8 +68,7 @@ def _counter(
     It takes what was loaded, not the pointers: were they arguments of a function on whose result an address depends,
     torch.compile would take them for outputs, and a block would copy its context for every operand.
     """
-    low = chunk.to(tl.uint32) * DRAWS_PER_CHUNK  # modulo 2^32; draws never carry
-    high = (chunk // CHUNKS_PER_COUNTER_WORD).to(tl.uint32)
+    low, high = chunk_words(chunk)
     nothing = tl.zeros_like(low)
     if PERSISTENT:
         return low, high, nothing, nothing
@@ -215,7 +196,7 @@ def _count(word, thresholds, SLOTS: tl.constexpr):
 @triton.jit
 def _stuck_word(counter, key, element):
     """What the cells of one element of every chunk are stuck at."""
-    s0, s1, s2, s3 = _philox(counter, (element % CALLS_PER_WORD + STUCK_DRAW).to(tl.uint32), key)
+    s0, s1, s2, s3 = philox(counter, (element % CALLS_PER_WORD + STUCK_DRAW).to(tl.uint32), key)
     which = element // CALLS_PER_WORD
     stuck = tl.where(which < 2, tl.where(which == 0, s0, s1), tl.where(which == 2, s2, s3))
     return stuck.to(tl.int32, bitcast=True)
@@ -287,7 +268,7 @@ def _chunk_kernel(
         )
         key = (tl.load(table).to(tl.uint32), tl.load(table + 1).to(tl.uint32))
         # Pairs of words are slots; the first pair is that of the count.
-        w0, w1, w2, w3 = _philox(counter, 0, key)
+        w0, w1, w2, w3 = philox(counter, 0, key)
         count = tl.where(row < rows, _count(w0, thresholds, SLOTS), 0)
         cell = tl.umulhi(w2, cells_of_chunk)
         flip = _flip(count > 0, cell, w3, kept, FIRST_BIT, THINNED)
@@ -306,7 +287,7 @@ def _chunk_kernel(
             cells, flips, found = (cell,), (flip,), tl.full([LANES], 1, tl.int32)
             for slot in tl.static_range(1, SLOTS):
                 if slot % 2 == 1:
-                    w0, w1, w2, w3 = _philox(counter, (slot + 1) // 2, key)
+                    w0, w1, w2, w3 = philox(counter, (slot + 1) // 2, key)
                     cell, keep = tl.umulhi(w0, cells_of_chunk), w1
                 else:
                     cell, keep = tl.umulhi(w2, cells_of_chunk), w3
@@ -358,8 +339,8 @@ def _dense_kernel(
     counter = (c0[:, None] + call.to(tl.uint32)[None, :], c1[:, None], c2[:, None], c3[:, None])
     key = (tl.load(table).to(tl.uint32), tl.load(table + 1).to(tl.uint32))
     # Of 32 calls the first 16 serve the even eighths with a word each, the others the odd ones.
-    t0, t2, t4, t6 = _philox(counter, TIE_DRAW, key)
-    t1, t3, t5, t7 = _philox(counter, TIE_DRAW + CALLS_PER_BIT, key)
+    t0, t2, t4, t6 = philox(counter, TIE_DRAW, key)
+    t1, t3, t5, t7 = philox(counter, TIE_DRAW + CALLS_PER_BIT, key)
     m0 = tl.zeros([TILE, CALLS_PER_BIT], tl.int32)
     m1, m2, m3, m4, m5, m6, m7 = m0, m0, m0, m0, m0, m0, m0
     for plane in range(NUM_BITS):
@@ -367,7 +348,7 @@ def _dense_kernel(
         low = tl.load(table + 2 + NUM_BITS + plane).to(tl.uint32)
         bit = FIRST_BIT + plane
         flag = tl.full([1, 1], 1, tl.int32) << bit
-        w0, w1, w2, w3 = _philox(counter, bit * CALLS_PER_BIT, key)
+        w0, w1, w2, w3 = philox(counter, bit * CALLS_PER_BIT, key)
         m0 |= _fails(w0, False, high, low, t0, flag)
         m1 |= _fails(w0, True, high, low, t1, flag)
         m2 |= _fails(w1, False, high, low, t2, flag)
@@ -378,8 +359,8 @@ def _dense_kernel(
         m7 |= _fails(w3, True, high, low, t7, flag)
     masks = (m0, m1, m2, m3, m4, m5, m6, m7)
     if STUCK:
-        s0, s2, s4, s6 = _philox(counter, STUCK_DRAW, key)
-        s1, s3, s5, s7 = _philox(counter, STUCK_DRAW + CALLS_PER_BIT, key)
+        s0, s2, s4, s6 = philox(counter, STUCK_DRAW, key)
+        s1, s3, s5, s7 = philox(counter, STUCK_DRAW + CALLS_PER_BIT, key)
         stuck = (s0, s1, s2, s3, s4, s5, s6, s7)
     for eighth in tl.static_range(8):
         column = call + eighth * CALLS_PER_BIT
