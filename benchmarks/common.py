@@ -23,15 +23,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 _OPTICAL = 'kind = "optical"\nlevels = 256\n'
 _ALL_BITS = "{ sign_exponent = 9.765625e-4, mantissa = 9.765625e-4, zero_above = "
 INLINE = {
-    "int8": 'kind = "quantise"\nweight = { format = "int8" }\ninput = { format = "int8" }\n',
-    "int4_a8": 'kind = "quantise"\nweight = { format = "int4", scale = "group" }\ninput = { format = "int8" }\n',
-    "bitnet_b158": 'kind = "quantise"\nweight = { format = "ternary" }\ninput = { format = "int8" }\nnorm = true\n',
-    "fp8_e4m3": 'kind = "quantise"\nweight = { format = "fp8_e4m3" }\ninput = { format = "fp8_e4m3" }\n',
-    "mxfp8": 'kind = "quantise"\nweight = { format = "mxfp8_e4m3" }\ninput = { format = "mxfp8_e4m3" }\n',
-    "mxfp4": 'kind = "quantise"\nweight = { format = "mxfp4" }\ninput = { format = "mxfp4" }\n',
-    "optical_8bit": _OPTICAL,
     "optical_linear": _OPTICAL + "attention = false\n",
-    "optical_tiled": _OPTICAL + "tile = 256\n",
     "bitflip_all_bits": f'kind = "bitflip"\nweight = {_ALL_BITS}1.25 }}\ninput = {_ALL_BITS}30.0 }}\n',
 }
 """Effects that are measured under these names where `configs/transforms/` has no file of that name."""
