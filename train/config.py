@@ -188,12 +188,19 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: Literal["cosine", "linear", "wsd"] = "cosine"
-    """Shape after warm-up: cosine or linear to the minimum, or wsd: warm-up, stable, then linear decay."""
+    name: Literal["cosine", "linear", "wsd", "two_stage"] = "cosine"
+    """Shape after warm-up: cosine or linear to the minimum; wsd: stable, then linear decay; two_stage: two linear decays with
+    a drop between them, and weight decay in the first only (BitNet's recipe)."""
     warmup_steps: Count | None = None
     """Steps of linear warm-up; default a tenth of the run, at most 100."""
     decay_fraction: Fraction = 0.2
     """wsd: share of the run, at its end, in which the rate decays."""
+    stage_fraction: Fraction = 0.5
+    """two_stage: share of the run that is its first stage."""
+    first_stage_end: Fraction = 0.53
+    """two_stage: learning rate at the end of the first stage, relative to the peak."""
+    second_stage_start: Fraction = 0.33
+    """two_stage: learning rate at the start of the second stage, relative to the peak."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate relative to the peak."""
 

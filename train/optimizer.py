@@ -74,8 +74,9 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     """Learning rate of the step that makes `step` + 1 updates, `step` counted from 0.
 
     Linear warm-up over `warmup_steps`, so that the first step already moves and step `warmup_steps` - 1 is at the peak;
-    then cosine or linear to `min_lr_ratio` of the peak at the last step, or (wsd) constant until the last
-    `decay_fraction` of the run and linear from there.
+    then cosine or linear to `min_lr_ratio` of the peak at the last step; or (wsd) constant until the last
+    `decay_fraction` of the run and linear from there; or (two_stage) linear to `first_stage_end`, then linear from
+    `second_stage_start`, as BitNet b1.58 2B4T was trained (arXiv 2504.12285, section 2.2).
     """
     warmup = min(100, total // 10) if schedule.warmup_steps is None else schedule.warmup_steps
     if step < warmup:
@@ -84,6 +85,14 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     if schedule.name == "wsd":
         decay = max(1, round(schedule.decay_fraction * total)) if schedule.decay_fraction > 0 else 0
         start = max(start, total - decay)
+    if schedule.name == "two_stage":
+        switch = max(warmup, second_stage(total, schedule))
+        if step < switch:
+            done = (step - warmup + 1) / max(1, switch - warmup)
+            return peak * (1 + (schedule.first_stage_end - 1) * done)
+        done = (step - switch) / (total - 1 - switch) if step < total - 1 else 1.0
+        first = schedule.second_stage_start
+        return peak * (first + (min(schedule.min_lr_ratio, first) - first) * done)
     # From the peak at step `start` - 1 to the minimum at step `total` - 1.
     progress = min(1.0, max(0.0, (step - start + 1) / max(1, total - start)))
     if schedule.name == "cosine":
@@ -91,6 +100,11 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     else:
         remaining = 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)
+
+
+def second_stage(total: int, schedule: ScheduleConfig) -> int:
+    """The step, counted from 0, at which the second stage begins; beyond the run where there is none."""
+    return round(schedule.stage_fraction * total) if schedule.name == "two_stage" else total + 1
 
 
 def materialise_state(optimizer: Optimizer) -> None:

@@ -35,7 +35,7 @@ from train.config import Config, total_steps
 from train.data import TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.model import build_model
-from train.optimizer import build_optimizer, learning_rate, materialise_state
+from train.optimizer import build_optimizer, learning_rate, materialise_state, second_stage
 from train.preemption import Agreement, Signals
 from train.profiling import StepProfiler
 from train.run_folder import RunFolder
@@ -112,6 +112,7 @@ class Trainer:
         self.clip_weights = WeightClipping(self.parts, self.noise, config.robust, mesh.device)
         compiled = config.compile.enabled and config.compile.backend == "inductor"
         self.optimizer = build_optimizer(self.parts, config.optimizer, compiled)
+        self.weight_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         timeout, folder = group_timeout(config.faults.start_timeout), self.folder.checkpoints
         ranges = self.noise.state() if self.noise is not None else {}
         self.checkpoints = Checkpoints(folder, config.checkpoint, self.parts, self.optimizer, mesh, timeout, ranges)
@@ -260,8 +261,9 @@ class Trainer:
             device, not waited for.
         """
         rate = learning_rate(self.step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        decays = self.step < second_stage(self.total_steps, self.config.schedule)
+        for group, weight_decay in zip(self.optimizer.param_groups, self.weight_decays):
+            group["lr"], group["weight_decay"] = rate, weight_decay if decays else 0.0
         if self.noise is not None:
             self.noise.begin_step(self.step)
         batch = self.sequences.batch(rows.to(self.mesh.device, non_blocking=True))

@@ -31,7 +31,7 @@ from transforms.effect import noted_places
 from transforms.linear import Plan, TransformedLinear, TransformedOutput, transformed_linear
 from transforms.lora import LowRank
 from transforms.product import Product
-from transforms.specs import Hardware, LoraSpec
+from transforms.specs import Hardware, LoraSpec, QuantiseSpec
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
@@ -99,11 +99,13 @@ def apply(model: nn.Module, specs: Sequence[Hardware | LoraSpec], seed: int, war
 
 
 def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
-    """The (Hugging Face name, layer) pairs that a transform is for.
+    """The (Hugging Face name, layer) pairs that a transform is for; none where it is for attention only.
 
     Raises:
         TransformError: as `apply`.
     """
+    if isinstance(spec, QuantiseSpec) and spec.weight is None and spec.input is None:
+        return []
     modules = {_WRAPPERS.sub("", name): module for name, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
     if not spec.modules:

@@ -36,6 +36,12 @@ def rates(total: int, peak: float = 1.0, **schedule) -> list[float]:
         ({"name": "linear", "warmup_steps": 0}, 10, {0: 0.91, 4: 0.55, 9: 0.1}),
         ({"name": "cosine", "min_lr_ratio": 0.0}, 14, {3: 1.0, 8: 0.5, 13: 0.0}),
         ({"name": "cosine", "min_lr_ratio": 1.0}, 14, {3: 1.0, 8: 1.0, 13: 1.0}),
+        # Six steps from 1 to 0.5, then ten from 0.3 to 0.1.
+        (
+            {"name": "two_stage", "first_stage_end": 0.5, "second_stage_start": 0.3},
+            20,
+            {3: 1.0, 4: 1 - 0.5 / 6, 9: 0.5, 10: 0.3, 13: 0.3 - 0.2 / 3, 19: 0.1},
+        ),
         ({"name": "linear", "warmup_steps": 5}, 5, {0: 0.2, 4: 1.0}),  # nothing but warm-up
         ({"name": "cosine", "warmup_steps": 0}, 1, {0: 0.1}),
     ],
@@ -61,7 +67,7 @@ def test_the_decay_is_that_of_torchs_scheduler(name):
         scheduler.step()
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "two_stage"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 50), (1, 50), (10, 50), (50, 50), (45, 50)])
 def test_every_schedule_moves_first_rises_to_the_peak_and_falls(name, warmup, total):
     values = rates(total, 2e-3, name=name, warmup_steps=warmup)

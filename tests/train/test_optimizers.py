@@ -494,3 +494,19 @@ def test_settings_with_an_effect_are_taken(configure):
     configure("--optimizer.name", "muon", "--optimizer.momentum", "0.9", "--optimizer.nesterov", "false")
     configure("--optimizer.name", "adamw_8bit", "--optimizer.beta2", "0.999")
     assert load_config([], []).optimizer.name == "adamw"
+
+
+def test_weight_decay_ends_with_the_first_of_two_stages(tmp_path, text_corpus, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments):
+        seen.append([group["weight_decay"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    changes = {"training__steps": 6, "schedule__warmup_steps": 1, "schedule__name": "two_stage"}
+    config = load_config([], tiny_flags(tmp_path, text_corpus, **changes), 1)
+    quietly(config)
+    run_job(config)
+    assert seen == [[0.1, 0.0]] * 3 + [[0.0, 0.0]] * 3
