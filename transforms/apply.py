@@ -162,6 +162,10 @@ def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0)
         raise TransformError(
             "this model's attention has no port for effects on its products: set attention = false", index
         )
+    if not found and isinstance(spec, QuantiseSpec):
+        raise TransformError(
+            "its patterns match no attention: name the attention modules as well, or leave attention out", index
+        )
     for name, module in found.items():
         if hasattr(module, "attention_effects"):
             raise TransformError(f"{name}: the products of attention can have one transform only", index)
