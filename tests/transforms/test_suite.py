@@ -12,6 +12,12 @@ from parallel import mesh as meshes
 every_device = pytest.mark.parametrize("device", list(DEVICES))
 
 
+def fast_for(*fast: str):
+    """Every device, those that are not named behind the marker of slow tests."""
+    marked = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in DEVICES]
+    return pytest.mark.parametrize("device", marked)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     mesh = meshes.start("cpu")
@@ -61,10 +67,15 @@ def test_noise_belongs_to_the_row_and_not_to_its_micro_batch(mesh, tmp_path, tex
     assert (both[1] - alone[0]).abs().gt(1e-4 * both.abs().max()).float().mean() < 0.02
 
 
-@every_device
+@fast_for("optical", "learned")
 @pytest.mark.parametrize(
     ("checkpointing", "compiled"),
-    [("full", "false"), pytest.param("selective", "false", marks=pytest.mark.slow), ("none", "true"), ("full", "true")],
+    [
+        ("full", "false"),
+        pytest.param("selective", "false", marks=pytest.mark.slow),
+        pytest.param("none", "true", marks=pytest.mark.slow),
+        ("full", "true"),
+    ],
 )
 def test_recomputation_and_compilation_change_no_gradient(mesh, tmp_path, text_corpus, device, checkpointing, compiled):
     changes = {"compile__backend": "aot_eager", "warm_steps": 1}
@@ -79,7 +90,7 @@ def test_recomputation_and_compilation_change_no_gradient(mesh, tmp_path, text_c
     assert all(torch.equal(a, b) for a, b in zip(*ranges, strict=True)), "recomputation or compilation lost a range"
 
 
-@every_device
+@fast_for("optical")
 def test_one_frame_for_all_layers_and_steps(mesh, tmp_path, text_corpus, monkeypatch, device):
     counter = CompileCounterWithBackend("aot_eager")
     block_compile = torch.nn.Module.compile
@@ -98,7 +109,7 @@ def test_one_frame_for_all_layers_and_steps(mesh, tmp_path, text_corpus, monkeyp
     assert counter.frame_count == 2
 
 
-@every_device
+@fast_for("optical", "int8")
 def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device):
     sizes = {"model__shape__dim": 512, "model__shape__ffn_dim": 1536, "warm_steps": 0}
     clean = saved_bytes(*build(mesh, tmp_path, text_corpus, None, **sizes))
@@ -107,7 +118,7 @@ def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device):
     assert noisy / clean <= 1.05
 
 
-@every_device
+@fast_for("optical", "bitflip-int8")
 def test_strength_grows_from_nothing_to_the_full_effect(mesh, tmp_path, text_corpus, device):
     full, noise = build(mesh, tmp_path, text_corpus, device)
     with torch.no_grad():
