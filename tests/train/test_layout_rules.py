@@ -16,6 +16,10 @@ from transforms.specs import BitflipSpec, CellFaults
 # debug: 4 layers, 4 heads, 2 KV heads; vocabulary 2,048
 BASE = {"training.global_batch_size": 8, "training.sequence_length": 64}
 BITFLIP = '[{ kind = "bitflip", weight = { mantissa = 1e-4 } }]'
+GROUPS = '[{ kind = "quantise", weight = { format = "int4", scale = "group" } }]'
+TILES = '[{ kind = "optical", tile = 128 }]'
+PHOTONS = '[{ kind = "optical", photons = 9.0 }]'
+BLOCKS = '[{ kind = "quantise", modules = ["*.mlp.*"], weight = { format = "mxfp4" } }]'
 LORA = '[{ kind = "lora" }]'
 
 
@@ -32,6 +36,17 @@ def problems(world_size: int, **changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("world_size", "changes", "message"),
     [
+        (
+            2,
+            {"parallel__tensor": 2, "transforms": GROUPS},
+            "64 of the 128 inputs of self_attn.o_proj, and transforms.0 has a scale of 128",
+        ),
+        (2, {"parallel__tensor": 2, "transforms": TILES}, "transforms.0 has a tile of 128"),
+        (
+            2,
+            {"parallel__tensor": 2, "transforms": PHOTONS},
+            "shot noise of a sum over 128: choose a smaller degree, or set tile",
+        ),
         (4, {"parallel__tensor": 4}, "does not divide the model's KV heads 2; the nearest degree that fits: 2"),
         (3, {"parallel__tensor": 3, "training__sequence_length": 48}, "KV heads 2, heads 4, padded vocabulary 2048"),
         (4, {"parallel__context": 4, "training__sequence_length": 60}, "the nearest length that fits: 64"),
@@ -116,6 +131,8 @@ def test_refused_with_the_nearest_that_fits(world_size, changes, message):
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
+        (2, {"parallel__tensor": 2, "transforms": BLOCKS}),
+        (2, {"parallel__tensor": 2, "transforms": TILES.replace("128", "32")}),
         (8, {"parallel__tensor": 2, "parallel__context": 2, "parallel__replicate": 2}),
         (8, {"parallel__pipeline": 4, "parallel__tensor": 2}),
         (1, {"training__loss_chunk_tokens": 64, "transforms": BITFLIP}),
