@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evals.masked import MaskedProtocol, pseudo_log_likelihood, surroundings
 from evals.models import EvalModel
 from evals.noise import NoisyModel
 from evals.text import Protocol, encode, windows
@@ -21,7 +22,11 @@ DEFAULT_TOKENS = 16_384
 
 @torch.no_grad()
 def calibrate(
-    model: EvalModel, noisy: NoisyModel, files: Sequence[Path], protocol: Protocol, tokens: int = DEFAULT_TOKENS
+    model: EvalModel,
+    noisy: NoisyModel,
+    files: Sequence[Path],
+    protocol: Protocol | MaskedProtocol,
+    tokens: int = DEFAULT_TOKENS,
 ) -> dict[str, Tensor]:
     """The ranges by name, which are also put in place.
 
@@ -36,10 +41,14 @@ def calibrate(
     noisy.calibrating()
     for file in files:
         ids = encode(model, file)[0][:tokens]
+        if isinstance(protocol, MaskedProtocol):
+            around = surroundings(model.tokenizer, ids.device)
+            pseudo_log_likelihood(lambda rows: model.model(rows).logits, ids, protocol, around)
+            continue
         for begin, end, _ in windows(len(ids), protocol):
             model.model(ids[None, begin:end])
     noisy.noise.end_step()
     unseen = [name for name, range_ in noisy.noise.ranges.items() if not range_.used.isfinite() or range_.used <= 0]
     if unseen:
         raise ValueError(f"{unseen[0]}: nothing finite came by in this text, so {len(unseen)} ranges remain unknown")
-    return {name: tensor.cpu().clone() for name, tensor in noisy.noise.state().items()}
+    return {name: tensor.cpu().clone() for name, tensor in noisy.ranges().items()}

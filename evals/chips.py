@@ -42,6 +42,8 @@ class TransformList:
     """Seed of the noise where the command line gives none."""
     ranges: dict[str, Tensor] | None = None
     """Of converters, by name; None where they are not known."""
+    trained: bool = False
+    """Whether the model was trained under them: what they add to it, such as norms, is then no hardware."""
 
     def attach(self, model: EvalModel, seed: int | None = None) -> NoisyModel:
         """The model under these transforms; `seed` replaces that of the file.
@@ -55,7 +57,7 @@ class TransformList:
                 f"{model.name} holds packed weights, which transforms cannot act on: name the model that it was made from"
             )
         with self.blamed():
-            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed, self.ranges)
+            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed, self.ranges, self.trained)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -140,7 +142,7 @@ def _trained_with(model: str) -> TransformList:
     sources = Sources()
     hardware = [one for one in tables if one.get("kind") != "lora"]
     sources.set("transforms", hardware, origin)
-    found = replace(_validated(sources), seed=seed, ranges=ranges or None)
+    found = replace(_validated(sources), seed=seed, ranges=ranges or None, trained=True)
     if not found.specs:
         raise ValueError(f"--transforms {OF_THE_RUN}: {model} was trained without hardware effects")
     return found
@@ -245,5 +247,5 @@ def record(transforms: TransformList, trials: Trials, noisy: NoisyModel, batch_s
     found["noise_seed"] = noisy.noise.seed
     if trials.mode == "clean":
         return found
-    found["chips"] = trials.chips
+    found["chips"] = trials.chips if noisy.noise.random else 1
     return found | ({"first_chip": trials.first_chip} if trials.mode == "chip" else {"batch_size": batch_size})

@@ -90,7 +90,12 @@ class NoisyModel:
     """
 
     def __init__(
-        self, model: Any, specs: Sequence[Hardware | LoraSpec], seed: int, ranges: Mapping[str, Tensor] | None = None
+        self,
+        model: Any,
+        specs: Sequence[Hardware | LoraSpec],
+        seed: int,
+        ranges: Mapping[str, Tensor] | None = None,
+        trained: bool = False,
     ):
         if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
             raise ValueError(
@@ -98,7 +103,7 @@ class NoisyModel:
                 "transforms: set slow_but_exact to false in its config.json"
             )
         self.model = model
-        self.noise = apply(model, specs, seed)
+        self.noise = apply(model, specs, seed, trained=trained)
         model.to(model.device)  # the effects' tables
         self._usual_attention = model.config._attn_implementation
         if self.noise.in_attention:
@@ -131,28 +136,33 @@ class NoisyModel:
         """From now on, every forward meets new weights; the count of forwards begins again."""
         self._enter("resample", 0)
 
+    def ranges(self) -> dict[str, Tensor]:
+        """Ranges in use and learned factors on them, by their names in checkpoints; the tensors themselves."""
+        factors = {n: p.data for n, p in named_parameters(self.model) if n.startswith(LEARNED)}
+        return self.noise.state() | factors
+
     def load_ranges(self, ranges: Mapping[str, Tensor]) -> None:
         """Take ranges, and learned factors on them, from a checkpoint or a calibration.
 
         Raises:
             ValueError: some are missing.
         """
-        own: dict[str, Tensor] = self.noise.state()
-        factors = {n: p.data for n, p in named_parameters(self.model) if n.startswith(LEARNED)}
+        own = self.ranges()
         missing = sorted(own.keys() - ranges.keys())
         if missing:
             raise ValueError(
                 f"no range for {missing[0]} and {len(missing) - 1} more: these ranges are of another model or other transforms"
             )
-        for name, tensor in (own | factors).items():
-            if name in ranges:
-                tensor.copy_(ranges[name].view_as(tensor))
+        for name, tensor in own.items():
+            tensor.copy_(ranges[name].view_as(tensor))
         self.known = True
 
     def calibrating(self) -> None:
         """From now on converters note what they see, on chip 0; their ranges begin anew."""
         for range_ in self.noise.ranges.values():
             range_.reset()
+            if range_.log_range is not None:
+                range_.log_range.data.zero_()
         self.known = True
         self._enter("chip 0", None)
         self.noise.observing = True

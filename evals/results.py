@@ -37,6 +37,8 @@ def _hardware(result: dict[str, Any]) -> str:
     seed = f"noise seed {result['noise_seed']}"
     if result["mode"] == "resample":
         return f"{result['chips']} passes, weights drawn anew for every batch of {result['batch_size']}; {seed}"
+    if result["chips"] == 1:
+        return f"one chip, number {result['first_chip']}; {seed}"
     return f"mean ± standard deviation over {result['chips']} chips, from chip {result['first_chip']} on; {seed}"
 
 

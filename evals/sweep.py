@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def sweep(
     say(f"clean: perplexity {clean:.4f}")
     points = []
     for p in probabilities:
-        changed = TransformList([at_probability(spec, p) for spec in transforms.specs], transforms.origins)
+        changed = replace(transforms, specs=[at_probability(spec, p) for spec in transforms.specs])
         # Applied anew each time: the sampling law depends on the probability.
         noisy = changed.attach(model, transforms.seed if seed is None else seed)
         hardware = record(transforms, trials, noisy, batch_size)

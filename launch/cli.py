@@ -149,7 +149,7 @@ def _eval_parser(commands: Any) -> None:
         metavar="FILE.toml",
         help='hardware effects: files of [[transforms]] tables, or "run" for those of the run',
     )
-    parser.add_argument("--ranges", metavar="FILE", help="ranges of converters, from newcompute calibrate")
+    _ranges_argument(parser)
     parser.add_argument("--mode", choices=["clean", "chip", "resample"], help="with --transforms (default chip)")
     _noise_arguments(parser)
     _forward_arguments(parser)
@@ -187,10 +187,15 @@ def _sweep_parser(commands: Any) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="text file")
     parser.add_argument("--probabilities", required=True, metavar="P,P", help="as in 1e-6,1e-5,1e-4")
     parser.add_argument("--mode", default="chip", choices=["chip", "resample"])
+    _ranges_argument(parser)
     _noise_arguments(parser)
     _forward_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="result; the plot goes beside it as .png")
     parser.set_defaults(run=_sweep)
+
+
+def _ranges_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranges", metavar="FILE", help="ranges of converters, from newcompute calibrate")
 
 
 def _noise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -395,7 +400,7 @@ def _refuse_noise_options(options: argparse.Namespace) -> None:
     """An option that would change nothing is a mistake, and a clean figure must not pass for another."""
     values = vars(options)
     names = ("mode", "chips", "first_chip", "noise_seed", "ranges")
-    given = [f"--{name.replace('_', '-')}" for name in names if values[name] is not None]
+    given = [f"--{name.replace('_', '-')}" for name in names if values.get(name) is not None]
     if given and not options.transforms and options.mode != "clean":
         raise ValueError(f"{given[0]}: there are no hardware effects without --transforms FILE.toml")
     if options.mode == "clean" and (options.chips or options.first_chip is not None):
@@ -507,7 +512,7 @@ def _sweep(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: expected a name for the JSON; the plot goes beside it")
     _check_writable(out)
     probabilities = read_probabilities(options.probabilities)
-    transforms = read_transforms(options.transforms, options.model)
+    transforms = read_transforms(options.transforms, options.model, options.ranges)
     model = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     protocol = _protocol(options, model)
     trials = _trials(options)

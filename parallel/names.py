@@ -11,7 +11,7 @@ LEARNED = "transforms."
 """Begins the names of what hardware effects learn and track."""
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original$")
-_LEARNED = re.compile(r"^(.*)\.(?:parametrizations\.)?(weight|input_effects)\.(\d+)\.range\.(log_range)$")
+_LEARNED = re.compile(r"^(.*?)\.(?:parametrizations\.weight|input_effects)\.\d+\.range_([a-z]+)(\d*)\.(log_range)$")
 _OF_EFFECT = re.compile(r"parametrizations\.\w+\.\d+\.(\w+)$")
 
 
@@ -23,8 +23,7 @@ def clean_name(name: str) -> str:
     """
     name = _WRAPPERS.sub("", name)
     if learned := _LEARNED.fullmatch(name):
-        layer, operand, number, what = learned.groups()
-        return f"{LEARNED}{layer}.{'w' if operand == 'weight' else 'x'}.{number}.{what}"
+        return LEARNED + ".".join(filter(None, learned.groups()))
     return _OF_EFFECT.sub(r"\1", _PARAMETRIZED.sub(r"\1", name))
 
 

@@ -280,13 +280,15 @@ class Trainer:
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.beat("optimizer", self.step + 1)
         self.checkpoints.wait_copied()
-        if self.noise is not None:
-            self.noise.end_step(self.mesh.largest_of_stage)
         # The norm is the same on all ranks; to look at it here is what "skip" costs.
         if self.config.faults.non_finite == "skip" and not torch.isfinite(norm):
             self.left_out += 1
+            if self.noise is not None:
+                self.noise.drop_step()
         else:
             self.left_out = 0
+            if self.noise is not None:
+                self.noise.end_step(self.mesh.largest_of_stage)
             self.optimizer.step()
             self.clip_weights()
             self.after_update()

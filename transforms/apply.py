@@ -56,11 +56,14 @@ class Applied:
     parameters: str
 
 
-def apply(model: nn.Module, specs: Sequence[Hardware | LoraSpec], seed: int, warmup: int = 0) -> Noise:
+def apply(
+    model: nn.Module, specs: Sequence[Hardware | LoraSpec], seed: int, warmup: int = 0, trained: bool = True
+) -> Noise:
     """Put the transforms on a model's layers, in the order given but adapters first, and return their shared state.
 
     Args:
         warmup: training steps over which effects grow to their full strength.
+        trained: the model was, or is being, trained under these effects; otherwise norms that they add are hardware, too.
 
     The effects' tables are made on the CPU (or on meta, where that is the default device): move the model, call
     `Noise.fill` where `to_empty` has moved it, and `Noise.begin` before each forward.
@@ -72,7 +75,7 @@ def apply(model: nn.Module, specs: Sequence[Hardware | LoraSpec], seed: int, war
         raise TransformError("the model is transformed already: call transforms.apply.remove first", 0)
     matched = [match(model, spec, index) for index, spec in enumerate(specs)]
     attentions = [match_attention(model, spec, index) for index, spec in enumerate(specs)]
-    noise = Noise(seed, warmup)
+    noise = Noise(seed, warmup, trained)
     in_order = sorted(range(len(specs)), key=lambda index: specs[index].kind != "lora")
     for index in in_order:
         spec = specs[index]
@@ -158,7 +161,7 @@ def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0)
     named = [re.compile(p[3:] if p.startswith("re:") else fnmatch.translate(p)) for p in spec.modules]
     if named:
         found = {name: m for name, m in found.items() if any(pattern.fullmatch(name) for pattern in named)}
-    elif not found or not reaches_attention(model):
+    if not reaches_attention(model) or not (found or named):
         raise TransformError(
             "this model's attention has no port for effects on its products: set attention = false", index
         )
@@ -166,9 +169,6 @@ def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0)
         raise TransformError(
             "its patterns match no attention: name the attention modules as well, or leave attention out", index
         )
-    for name, module in found.items():
-        if hasattr(module, "attention_effects"):
-            raise TransformError(f"{name}: the products of attention can have one transform only", index)
     return list(found.items())
 
 
@@ -232,7 +232,9 @@ def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, s
     layer.__class__ = transformed_class(base, is_parametrized(layer))
     of_weight = list(layer.parametrizations.weight) if is_parametrized(layer) else []
     kept = [effect for effect in of_weight if not effect.hardware], [e for e in layer.input_effects if not e.hardware]
-    exact = (len(kept[0]), len(kept[1])) if layer.exact else None
+    exact = None
+    if layer.exact:
+        exact = tuple(tuple(not effect.hardware for effect in effects) for effects in (of_weight, layer.input_effects))
     # Sums that are split over devices are converted after their exchange.
     product = None if layer.product is None or _converts_sums(layer) else layer.product
     layer.plan = _plan(of_weight, layer.input_effects, transposed, product, exact)
@@ -262,6 +264,8 @@ def _converts_sums(layer: Any) -> bool:
 
 def _transform_attention(attention: Any, name: str, spec: Any, noise: Noise, stream: str) -> None:
     """Add one transform to the products of one attention."""
+    if hasattr(attention, "attention_effects"):
+        raise DeviceError(f"{name}: the products of attention can have one transform only")
     first_head = getattr(attention, "first_head", 0)
     attention.attention_effects = attention_stages(spec, noise, name, stream, first_head)
     attention.noise, noise.in_attention = noise, True
@@ -301,7 +305,7 @@ def _plan(
     of_input: Sequence[Any],
     transposed: bool,
     product: Product | None = None,
-    exact: tuple[int, int] | None = None,
+    exact: tuple[tuple[bool, ...], ...] | None = None,
 ) -> Plan:
     return Plan(
         tuple(effect.code for effect in of_weight),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from transforms.effect import noted_places, saved
 from transforms.operands import Draw, lane_normals, lane_uniforms
-from transforms.product import Place, Product, ProductCode, convert
+from transforms.product import Place, Product, ProductCode, convert, passing
 from transforms.quantise import Quantise, QuantiseCode
 
 QUERIES = 256
@@ -189,11 +189,14 @@ class _Step:
         plan, length = self.plan, q.shape[2]
         part = q[:, :, begin : begin + QUERIES]
         queries = slice(begin, begin + part.shape[2])
-        visible = k.shape[2] - length + queries.stop if mask is None else k.shape[2]
+        total = k.shape[2]
+        visible = total - length + queries.stop if mask is None else total
         k, v = k[:, :, :visible], v[:, :, :visible]
-        scores, scores_kept = self._product(plan.scores, "scores", part, k.transpose(-1, -2), queries, observing)
-        scores = scores.float() * self.scale
-        exact = torch.softmax(_masked(scores, mask, queries, begin), -1)
+        hidden = _hidden(mask, queries, part.shape[2], visible, q.device)
+        scores, scores_kept = self._product(
+            plan.scores, "scores", part, k.transpose(-1, -2), queries, observing, hidden, total
+        )
+        exact = torch.softmax(_masked(scores.float() * self.scale, mask, hidden, queries), -1)
         rounded = exact
         if plan.probabilities is not None:
             rounded = plan.probabilities.forward(exact, *self.own["probabilities"], *self.place)
@@ -208,25 +211,41 @@ class _Step:
         exact = done.exact_probabilities
         visible, heads = exact.shape[-1], k.shape[1]
         part, k, v = q[:, :, begin : begin + exact.shape[2]], k[:, :, :visible], v[:, :, :visible]
-        grad = grad if done.output_kept is None else torch.where(done.output_kept, grad, 0)
+        grad = passing(grad, done.output_kept, self._strength("context"))
         multiplied = (exact if self.plan.exact else done.probabilities).to(v.dtype)
         of_v = _matmul_kv(multiplied.transpose(-1, -2), grad, heads)
         of_p = _matmul(grad, v.transpose(-1, -2)).float()
         of_s = exact * (of_p - (of_p * exact).sum(-1, keepdim=True)) * self.scale
-        of_s = of_s if done.scores_kept is None else torch.where(done.scores_kept, of_s, 0)
-        of_s = of_s.to(k.dtype)
+        of_s = passing(of_s, done.scores_kept, self._strength("scores")).to(k.dtype)
         return _matmul(of_s, k), _matmul_kv(of_s.transpose(-1, -2), part, heads).float(), of_v.float()
 
     def _product(
-        self, code: ProductCode | None, name: str, left: Tensor, right: Tensor, queries: slice, observing: bool
+        self,
+        code: ProductCode | None,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        queries: slice,
+        observing: bool,
+        hidden: Tensor | None = None,
+        num_keys: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """A product (B, H, t, N) after noise and conversion, and which of it was not clipped."""
+        """A product (B, H, t, N) after noise and conversion, and which of it was not clipped.
+
+        Args:
+            hidden: scores that do not count, since their keys are not seen.
+            num_keys: of all that are there, for scores.
+        """
         acc = _matmul(left, right)
         if code is None:
             return acc, None
         own = self.own[name]
         magnitudes = _matmul(left.abs(), right.abs()) if code.photons else None
         full_scale = own[-2 if code.blended else -1] if code.photons else None
+        if observing and hidden is not None:
+            # How many keys beyond those a device computes scores with depends on the layout: no range may.
+            code.observe(acc.masked_fill(hidden, 0), own)
+            observing = False
         if code.has_kernel(acc) and (name != "scores" or self.keys is None):
             heads = (self.plan.first_head, queries.start)
             return kernels.convert(
@@ -247,15 +266,19 @@ class _Step:
         if magnitudes is not None:
             variance = full_scale * magnitudes.float() / code.photons
             strength = own[-1] if code.blended else 1.0
-            acc = acc + variance.sqrt() * self._drawn(lane_normals, own[0][2:], acc, queries, name) * strength
+            acc = acc + variance.sqrt() * self._drawn(lane_normals, own[0][2:], acc, queries, num_keys) * strength
         if code.converter is None:
             return acc, None
         if code.converter.stochastic:
-            uniform = self._drawn(lane_uniforms, own[0][:2], acc, queries, name)
+            uniform = self._drawn(lane_uniforms, own[0][:2], acc, queries, num_keys)
         return convert(code.converter, acc, own[code.stochastic], uniform, own[-1] if code.blended else None)
 
-    def _drawn(self, draw: Draw, key: Tensor, acc: Tensor, queries: slice, name: str) -> Tensor:
-        """A number for each element of a product."""
+    def _strength(self, name: str) -> Tensor | None:
+        code = getattr(self.plan, name)
+        return self.own[name][-1] if code is not None and code.blended else None
+
+    def _drawn(self, draw: Draw, key: Tensor, acc: Tensor, queries: slice, num_keys: int) -> Tensor:
+        """A number for each element of a product; of scores the columns are keys, of which there are `num_keys`."""
         context, tokens = self.place
         assert context is not None
         batch, heads, rows, width = acc.shape
@@ -267,10 +290,11 @@ class _Step:
         size = (batch, heads, rows)
         lanes = (self.plan.first_head + torch.arange(heads, device=acc.device))[:, None].expand(size)
         where = (position[:, None].expand(size), sample[:, None].expand(size), context[0])
-        drawn = draw(key, lanes, width, where)
-        if name != "scores" or self.keys is None:
-            return drawn
-        keys = self.keys[..., :width]
+        if not num_keys or self.keys is None:
+            return draw(key, lanes, width, where)
+        # A sliding window holds the last of the keys that there were.
+        keys = self.keys[..., -num_keys:][..., :width]
+        drawn = draw(key, lanes, max(width, self.keys.shape[-1]), where)
         if keys.dim() == 1:
             return drawn.index_select(-1, keys)
         return drawn.gather(-1, keys[:, None, None].expand(*size, -1))
@@ -294,17 +318,21 @@ def _matmul_kv(left: Tensor, right: Tensor, heads: int) -> Tensor:
     return found if found.shape[1] == heads else found.unflatten(1, (heads, -1)).sum(2)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, queries: slice, begin: int) -> Tensor:
-    """Scores with those of keys that a query does not see out of the way."""
-    least = torch.finfo(torch.float32).min  # not -inf: a query without any key, a pad, stays finite
+def _hidden(mask: Tensor | None, queries: slice, rows: int, visible: int, device: torch.device) -> Tensor:
+    """Which scores of some queries do not count, (t, S) or (B or 1, 1 or H, t, S) bool."""
     if mask is None:
-        visible, rows = scores.shape[-1], scores.shape[2]
-        own = torch.arange(visible - rows, visible, device=scores.device)[:, None]
-        return scores.masked_fill(torch.arange(visible, device=scores.device) > own, least)
-    mask = mask[:, :, queries, : scores.shape[-1]]
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, least)
-    return (scores + mask.float()).clamp(min=least)
+        own = torch.arange(visible - rows, visible, device=device)[:, None]
+        return torch.arange(visible, device=device) > own
+    mask = mask[:, :, queries, :visible]
+    return ~mask if mask.dtype == torch.bool else mask < torch.finfo(mask.dtype).min / 2
+
+
+def _masked(scores: Tensor, mask: Tensor | None, hidden: Tensor, queries: slice) -> Tensor:
+    """Scores, float32, with those of keys that a query does not see out of the way."""
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask[:, :, queries, : scores.shape[-1]].float()
+    # Not -inf: a query without any key, a pad, stays finite.
+    return scores.masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 if torch.cuda.is_available():

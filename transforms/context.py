@@ -35,8 +35,10 @@ def places(values: list[tuple[int, int, int]], device: torch.device) -> Tensor:
 class Noise:
     """The state of a forward pass that transformed layers read; `clean` switches all hardware effects off."""
 
-    def __init__(self, seed: int, warmup: int = 0):
+    def __init__(self, seed: int, warmup: int = 0, trained: bool = True):
         self.seed = seed
+        self.trained = trained
+        """Whether the model was, or is being, trained under these effects: what they add to it is then a part of it."""
         self.warmup = warmup
         """Training steps over which effects grow to their full strength."""
         self.clean = False
@@ -136,9 +138,16 @@ class Noise:
         ranges = list(self.ranges.values())
         if not ranges:
             return
-        seen = agree(torch.cat([range_.seen for range_ in ranges]))
+        seen = torch.cat([range_.seen for range_ in ranges])
+        # NaN is not ordered: which one a maximum over processes gives depends on their order.
+        seen = agree(torch.where(seen.isnan(), torch.inf, seen))
         for range_, largest in zip(ranges, seen.split(1)):
             range_.used.copy_(range_.next(largest))
+            range_.seen.zero_()
+
+    def drop_step(self) -> None:
+        """Forget what the step has seen."""
+        for range_ in self.ranges.values():
             range_.seen.zero_()
 
     def state(self) -> dict[str, Tensor]:

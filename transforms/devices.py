@@ -181,6 +181,7 @@ def _operand(operand: Quantised, site: Site, role: str, decay: float) -> Quantis
         form,
         scaling,
         stochastic=operand.rounding == "stochastic",
+        fixed=form.max if operand.scale == "none" else 0.0,
         tracked=tracked,
         learned=learned,
         blended=site.noise.warmup > 0,
@@ -200,7 +201,8 @@ def _quantise(spec: QuantiseSpec, site: Site) -> Stages:
     if spec.weight is not None:
         found.weight.append(_operand(spec.weight, site, "w", spec.range_decay))
     if spec.norm:
-        found.input.append(Norm(NormCode(NORM_EPS, site.in_features, site.input_scaling("row"))))
+        code = NormCode(NORM_EPS, site.in_features, site.input_scaling("row"))
+        found.input.append(Norm(code, hardware=not site.noise.trained))
     if spec.input is not None:
         found.input.append(_operand(spec.input, site, "x", spec.range_decay))
     return found
@@ -216,7 +218,8 @@ def _quantised_attention(
     )
     effects: dict[str, Any] = {}
     for which, role in (("query", "q"), ("key", "k"), ("value", "v")):
-        code = QuantiseCode(form, scaling, tracked=tracked, blended=noise.warmup > 0)
+        fixed = form.max if operand.scale == "none" else 0.0
+        code = QuantiseCode(form, scaling, fixed=fixed, tracked=tracked, blended=noise.warmup > 0)
         effects[which] = Quantise(noise, name, role, code, stream, Range(spec.range_decay) if tracked else None)
     # Probabilities have no sign: all codes are for 0 to 1.
     levels = Integer((1 << form.bits) - 1, signed=False) if isinstance(form, Integer) else form

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transforms.effect import Code, saved
-from transforms.product import Place, ProductCode, pack, unpack
+from transforms.product import Place, ProductCode, pack, passing, unpack
 
 Tensors: TypeAlias = Sequence[Tensor]
 
@@ -47,8 +47,8 @@ class Plan:
     """What multiplies them, where it is not exact; it takes the remaining tensors."""
     noted: frozenset[int] = frozenset()
     """Which of the tensors forwards write to."""
-    exact: tuple[int, int] | None = None
-    """Gradients use the operands as they are before the hardware: after the first effects on weight and input, so many."""
+    exact: tuple[tuple[bool, ...], ...] | None = None
+    """Gradients use the operands as they are without hardware; of each effect on weight and input, whether it is none."""
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensors], list[Tensors], Tensors]:
         """The tensors of each of the weight's effects, of each of the input's, and of the product."""
@@ -155,16 +155,25 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Callable[[], Te
 
 
 def _regenerate(
-    codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, exact: int | None = None
+    codes: Sequence[Code],
+    tensors: Sequence[Tensors],
+    value: Tensor,
+    place: Place,
+    stays: tuple[bool, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]]:
-    """An operand after all its effects; after the first `exact` ones, or all; and the way of its gradient back through all of
-    them, with those of their tensors."""
+    """An operand after all its effects; the one that gradients use, after those that stay without hardware or all; and the
+    way of its gradient back through all of them, with those of their tensors."""
     pulls: list[tuple[Callable[[Tensor], Any], int]] = []
-    chosen = value
+    chosen, parted = value, False
     for i, (code, own) in enumerate(zip(codes, tensors)):
-        chosen = value if exact == i else chosen
         value, pull = code.regenerate(value, *own, *place)
         pulls.append((pull, len(own)))
+        if stays is not None and not stays[i]:
+            parted = True
+        elif not parted:
+            chosen = value
+        else:
+            chosen = code.forward(chosen, *own, *place)
 
     def pull_back(grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         grads: list[Tensor | None] = []
@@ -174,7 +183,7 @@ def _regenerate(
             grads = [*own, *grads]
         return grad, grads
 
-    return value, value if exact is None or exact >= len(codes) else chosen, pull_back
+    return value, chosen, pull_back
 
 
 class TransformedOutput(torch.autograd.Function):
@@ -185,12 +194,14 @@ class TransformedOutput(torch.autograd.Function):
         ctx: Any, code: Any, observing: bool, y: Tensor, context: Tensor, tokens: Tensor | None, *own: Tensor
     ) -> Tensor:
         found, kept = code.through(y, own, (context, tokens), observing)
-        ctx.save_for_backward(None if kept is None else pack(kept))
+        ctx.save_for_backward(
+            None if kept is None else pack(kept), own[-1] if getattr(code, "blended", False) else None
+        )
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        (packed,) = ctx.saved_tensors
+        packed, strength = ctx.saved_tensors
         if packed is not None:
-            grad = torch.where(unpack(packed, grad.shape[-1]), grad, 0)
+            grad = passing(grad, unpack(packed, grad.shape[-1]), strength)
         return None, None, grad, None, None, *(None for _ in ctx.needs_input_grad[5:])

@@ -123,7 +123,7 @@ class ProductCode(Operand):
         return whole[..., self.first_column :]
 
     def observe(self, acc: Tensor, own: Sequence[Tensor]) -> None:
-        if self.converter is not None:
+        if self.converter is not None and acc.numel():
             seen = own[self.stochastic + 1]
             seen.copy_(torch.maximum(seen, acc.detach().abs().amax().float()))
 
@@ -197,7 +197,7 @@ class ProductCode(Operand):
                     )
                 else:
                     kept[i] = self.convert(acc, own, place, i, self.variance(full_scale, magnitudes))[1]
-        masked = [grad if mask is None else torch.where(mask, grad, 0) for mask in kept]
+        masked = [passing(grad, mask, own[-1] if self.blended else None) for mask in kept]
         x, weight = chosen
 
         def of_x() -> Tensor:
@@ -220,6 +220,14 @@ def convert(
     if strength is not None:
         found = torch.where(strength < 1, torch.lerp(acc, found, strength), found)
     return found, (acc.abs() <= range_) | (range_ <= 0)
+
+
+def passing(grad: Tensor, kept: Tensor | None, strength: Tensor | None) -> Tensor:
+    """The gradient of sums from that of what a converter made of them: none where it clipped, but for the part that passes
+    unchanged while it warms up."""
+    if kept is None:
+        return grad
+    return torch.where(kept, grad, 0 if strength is None else (grad * (1 - strength)).to(grad.dtype))
 
 
 _BITS = 32

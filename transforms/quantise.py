@@ -101,12 +101,16 @@ class QuantiseCode(Code, Operand):
         if range_ is None:
             return found.to(value.dtype), lambda grad: grad
         inside = (value.abs() <= range_) | (range_ <= 0)
+        strength = self.unpack(tuple(rest[:-2]))[3]
+        # While warming up the part of a value that passes unchanged does so beyond the range as well.
+        unchanged = 0.0 if strength is None else 1 - strength
 
         def pull(grad: Tensor) -> Any:
-            passed = torch.where(inside, grad, 0)
+            passed = torch.where(inside, grad, (grad * unchanged).to(grad.dtype))
             if not self.learned:
                 return passed
-            slope = torch.where(range_ > 0, torch.where(inside, found - value.float(), found), 0)
+            exact = value.float()
+            slope = torch.where(range_ > 0, torch.where(inside, found - exact, found - unchanged * exact), 0)
             total = (grad.float() * slope).sum() / math.sqrt(self.form.max * self.features)
             grads: list[Tensor | None] = [None] * (len(rest) - 2)
             grads[-2 if self.blended else -1] = total.view(1)
@@ -115,7 +119,7 @@ class QuantiseCode(Code, Operand):
         return found.to(value.dtype), pull
 
     def observe(self, value: Tensor, *rest: Any) -> None:
-        if not (self.tracked or self.learned):
+        if not (self.tracked or self.learned) or value.numel() == 0:
             return
         seen = rest[2 if self.stochastic else 1]
         magnitude = value.detach().abs()
@@ -146,13 +150,20 @@ class Quantise(Effect):
     ):
         super().__init__(noise, name, role, stream)
         self.code, self.transposed = code, transposed
-        self.range = range_
+        if range_ is not None:
+            # Named by what it belongs to, not by its place among the effects, which adapters shift (`parallel/names.py`).
+            self.add_module(f"range_{role}{stream}", range_)
+        self.of_range = (range_,)
         if code.stochastic:
             self.register_buffer("table", torch.empty(2, dtype=torch.int64), persistent=False)
         if code.blended:
             self.register_buffer("strength", torch.ones(1), persistent=False)
         if range_ is not None:
             noise.track(self.label, range_)
+
+    @property
+    def range(self) -> Range | None:
+        return self.of_range[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -213,11 +224,14 @@ class NormCode(Code):
 
 
 class Norm(nn.Module):
-    """The module of a `NormCode`. It is part of the model, not of the hardware: switching that off leaves it."""
+    """The module of a `NormCode`.
 
-    hardware = False
+    Args:
+        hardware: it is switched off with the hardware. Of a model that was trained with it, it is a part, and stays.
+    """
+
     tensors: tuple[Tensor, ...] = ()
 
-    def __init__(self, code: NormCode):
+    def __init__(self, code: NormCode, hardware: bool):
         super().__init__()
-        self.code = code
+        self.code, self.hardware = code, hardware

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+LARGEST_STEP = 16.0
+"""How many times a tracked range a step's largest value counts for at most."""
+
 
 class Range(nn.Module):
     """One range.
@@ -54,7 +57,8 @@ class Range(nn.Module):
         if self.log_range is not None:
             moved = self.used
         else:
-            moved = self.decay * self.used + (1 - self.decay) * seen
+            # A single value out of all proportion, such as a bit error makes, must not end a layer.
+            moved = self.decay * self.used + (1 - self.decay) * torch.minimum(seen, LARGEST_STEP * self.used)
         moved = torch.where(self.used > 0, moved, seen)
         return torch.where((seen > 0) & torch.isfinite(seen), moved, self.used)
 
