@@ -165,3 +165,89 @@ def test_calibrate_and_evaluate_by_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["calibrate", *common, "--out", str(ranges)])
     assert "have no ranges to calibrate" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_sliding_window_cache_changes_nothing():
+    model = build("mistral")  # a window of 6
+    calibrated(model, OPTICAL)
+    ids = texts(1, 20)
+    whole = model(ids).logits
+    past, found = None, []
+    for i in range(20):
+        out = model(ids[:, i : i + 1], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        found.append(out.logits)
+    close(torch.cat(found, 1), whole)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The old mill stood by the river, and the wheel began to turn. " * 4, encoding="utf-8")
+    return file
+
+
+def test_an_encoder_is_calibrated_and_evaluated(tmp_path, text):
+    model, preset, out = tmp_path / "model", tmp_path / "optical.toml", tmp_path / "out.json"
+    build("bert").save_pretrained(model)
+    save_tokenizer(model)
+    preset.write_text('[[transforms]]\nkind = "optical"\n', encoding="utf-8")
+    common = ["--model", str(model), "--transforms", str(preset), "--text", str(text)]
+    main(["calibrate", *common, "--out", str(tmp_path / "ranges.safetensors")])
+    main(["eval", *common, "--chips", "1", "--ranges", str(tmp_path / "ranges.safetensors"), "--out", str(out)])
+    (found,) = json.loads(out.read_text())["text"].values()
+    assert found["perplexity"] == pytest.approx(found["perplexity_clean"], rel=0.1)
+    assert found["perplexity"] != found["perplexity_clean"]
+
+
+def test_clean_is_without_what_the_transforms_add(tmp_path, text):
+    """Of a model that was not trained with it, BitNet's norm is a part of the hardware."""
+    model, preset, out = tmp_path / "model", tmp_path / "bitnet.toml", tmp_path / "out.json"
+    build("llama").save_pretrained(model)
+    save_tokenizer(model)
+    preset.write_text(
+        '[[transforms]]\nkind = "quantise"\nweight = { format = "ternary" }\nnorm = true\n', encoding="utf-8"
+    )
+    common = ["eval", "--model", str(model), "--text", str(text), "--out", str(out)]
+    main(common)
+    (plain,) = json.loads(out.read_text())["text"].values()
+    main([*common, "--transforms", str(preset)])
+    result = json.loads(out.read_text())
+    (found,) = result["text"].values()
+    assert found["perplexity_clean"] == pytest.approx(plain["perplexity"], rel=1e-6)
+    assert found["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-2)
+    assert result["chips"] == len(found["perplexity_per_chip"]) == 1
+
+
+def test_a_sweep_keeps_the_ranges_of_other_transforms(tmp_path, text):
+    model, preset, ranges = tmp_path / "model", tmp_path / "both.toml", tmp_path / "ranges.safetensors"
+    build("llama").save_pretrained(model)
+    save_tokenizer(model)
+    optical = '[[transforms]]\nkind = "optical"\nattention = false\n'
+    preset.write_text(optical + '[[transforms]]\nkind = "bitflip"\nweight = { mantissa = 0.1 }\n', encoding="utf-8")
+    common = ["--model", str(model), "--transforms", str(preset), "--text", str(text)]
+    main(["calibrate", *common, "--out", str(ranges)])
+    out = tmp_path / "sweep.json"
+    main(
+        [
+            "sweep-noise",
+            *common,
+            "--ranges",
+            str(ranges),
+            "--probabilities",
+            "1e-3,1e-1",
+            "--chips",
+            "2",
+            "--out",
+            str(out),
+        ]
+    )
+    points = json.loads(out.read_text())["points"]
+    assert len(points) == 2
+    assert points[1]["perplexity"] != points[0]["perplexity"]
+
+
+def test_patterns_do_not_hide_an_attention_that_cannot_be_reached():
+    with pytest.raises(TransformError, match="no port"):
+        NoisyModel(build("bloom"), [OPTICAL.model_copy(update={"modules": ["transformer.h.*"]})], seed=0)
