@@ -202,7 +202,7 @@ BAD = {
     "twice": (f'{PACKABLE["int8"]}\n[[transforms]]\nkind = "quantise"\n{PACKABLE["int8"]}', [], "has 2 effects"),
     "layout": (PACKABLE["int8"], ["--packed", "bitnet"], "inputs of these transforms are as they are"),
     "rounded inputs": (PACKABLE["bitnet"], ["--packed", "metal"], "rounded to int8, which needs bitnet"),
-    "unknown range": ('weight = { format = "int8", scale = "learned" }', [], "is not a scale times whole numbers"),
+    "unknown range": ('weight = { format = "int8", scale = "learned" }', [], "converters are not known"),
     "step": (PACKABLE["int8"], ["--step", "5"], "a Hugging Face folder has no steps"),
     "no nn.Linear": (PACKABLE["int8"], [], "c_attn is no torch.nn.Linear"),
     "tied head": ('weight = { format = "int8" }\nmodules = ["lm_head"]', [], "shares its weight"),

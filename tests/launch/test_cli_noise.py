@@ -96,7 +96,10 @@ def test_metrics_of_tasks_over_chips_leave_out_those_that_are_not_finite(monkeyp
     from evals import chips
 
     noisy = types.SimpleNamespace(
-        non_finite=torch.zeros((), dtype=torch.bool), clean=contextlib.nullcontext, chip=lambda number: None
+        non_finite=torch.zeros((), dtype=torch.bool),
+        clean=contextlib.nullcontext,
+        chip=lambda number: None,
+        noise=types.SimpleNamespace(random=True),
     )
     answers = iter([0.5, 0.1, 0.3, 0.25])
 
