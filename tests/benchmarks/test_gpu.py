@@ -58,6 +58,7 @@ def at(rate: float) -> dict:
     return {"status": "measured", "tokens_per_second_per_gpu": rate, "spread": 0.0, "compute_dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_run_on_cpu_is_recorded_and_resumed(gpu, tmp_path):
     out = tmp_path / "result.json"
     shown = run_python(str(SCRIPT), *QUICK, *EAGER, "--out", str(out), "--markdown", "--write-configs").stdout

@@ -81,6 +81,7 @@ def test_effects_are_valid_and_of_the_kind_they_are_named_after(effect, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_tiny_runs_are_recorded_and_not_made_again(tmp_path, text_corpus):
     out, page = tmp_path / "result.json", tmp_path / "page.md"
     source = ["--data.paths", json.dumps([str(text_corpus / "corpus.txt")])]

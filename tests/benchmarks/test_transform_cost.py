@@ -18,6 +18,7 @@ QUICK = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ratios_are_recorded_and_not_measured_again(tmp_path):
     out = tmp_path / "cost.json"
     effect = ["--effects", "int8", "--out", str(out)]

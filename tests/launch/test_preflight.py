@@ -18,6 +18,7 @@ def report(rank: int, **changes: object) -> dict:
     return place | figures | changes
 
 
+@pytest.mark.slow
 def test_two_nodes_that_are_sound_pass(tmp_path):
     options = rendezvous(2)
     flags = ["launch/preflight.py", "--run.dir", str(tmp_path / "runs"), "--run.device", "cpu"]

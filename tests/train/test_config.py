@@ -219,7 +219,7 @@ def test_a_bad_argument_is_named():
         ("[data]\npaths = 'a.txt'", 'data.paths = "a.txt" expected an array'),
         ("[data]\nsources = [5]", "data.sources.0 = 5 expected a table"),
         ("[data]\nsource = 'hubb'", "expected one of 'embedded', 'files', 'hub' or 'random'; did you mean 'hub'?"),
-        ("[schedule]\nname = 'step'", "schedule.name = \"step\" expected one of 'cosine', 'linear' or 'wsd'"),
+        ("[schedule]\nname = 'step'", "schedule.name = \"step\" expected one of 'cosine', 'linear', 'wsd' or 'two_stage'"),
         ("[model]\nsize = '61M'", 'model.size = "61M" not a size of clm; choose from debug, 60M, 200M'),
         ("[model]\nname = 'llama3'\nsize = '60M'", 'model.size = "60M" not a size of llama3; choose from 1B, 3B, 8B'),
         ("[model]\ninit_from = 'folder'", 'model.init_from = "folder" expected "hf:FOLDER"'),

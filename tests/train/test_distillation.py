@@ -180,17 +180,32 @@ AOT = {"compile__enabled": "true", "compile__backend": "aot_eager"}
     ("processes", "layout", "of_both"),
     [
         (1, {"training__micro_batch_size": 2, "activation_checkpointing__mode": "full"}, {}),
-        (1, AOT, {}),
+        pytest.param(1, AOT, {}, marks=pytest.mark.slow),
         pytest.param(1, {"compile__enabled": "true"}, {}, marks=pytest.mark.slow),
         (2, {"parallel__shard": 2}, {}),
-        (2, {"parallel__shard": 2, "parallel__cpu_offload": "true", "parallel__reshard_after_forward": "true"}, {}),
+        pytest.param(
+            2,
+            {"parallel__shard": 2, "parallel__cpu_offload": "true", "parallel__reshard_after_forward": "true"},
+            {},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             2, {"parallel__replicate": 2, "activation_checkpointing__mode": "selective"}, {}, marks=pytest.mark.slow
         ),
         (2, {"parallel__context": 2}, {}),
-        (2, {"parallel__shard": 2, **AOT, "activation_checkpointing__mode": "full"}, {"transforms": BITFLIP}),
-        (2, {"parallel__context": 2}, {"training__document_mask": "true"}),
-        (4, {"parallel__shard": 2, "parallel__replicate": 2, "training__micro_batch_size": 1}, {}),
+        pytest.param(
+            2,
+            {"parallel__shard": 2, **AOT, "activation_checkpointing__mode": "full"},
+            {"transforms": BITFLIP},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, {"parallel__context": 2}, {"training__document_mask": "true"}, marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            {"parallel__shard": 2, "parallel__replicate": 2, "training__micro_batch_size": 1},
+            {},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "accumulated, recomputed",
@@ -275,6 +290,7 @@ def test_an_export_is_the_same_teacher(references, folder, text_corpus, exported
     assert figures(found) == figures(wanted)
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher(folder, text_corpus, teacher):
     """On held-out rows, after 200 steps with the teacher alone and with the text alone."""
     plain = {"training__steps": 200, "checkpoint__interval": 200, "validation__interval": 0}

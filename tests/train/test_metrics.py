@@ -24,6 +24,7 @@ def test_flops_per_token_by_hand():
     assert flops_per_token(shape, 2048) == 6 * (products + norms) + 12 * 22 * 384 * 2048
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_tensorboard_hold_every_logged_step(run_here, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -125,17 +125,36 @@ def check(recorded: dict[str, dict[str, torch.Tensor]]) -> None:
     ("processes", "layout", "of_both"),
     [
         (2, {"parallel__shard": 2}, {}),
-        (2, {"parallel__replicate": 2}, {}),
-        (2, {"parallel__shard": 2, "parallel__cpu_offload": "true"}, {}),
+        pytest.param(2, {"parallel__replicate": 2}, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__shard": 2, "parallel__cpu_offload": "true"}, {}, marks=pytest.mark.slow),
         (2, {"parallel__tensor": 2}, {}),
         (2, {"parallel__tensor": 2}, {"robust__clip_per": "tensor"}),
-        (2, {"parallel__pipeline": 2, "training__micro_batch_size": 2}, {"robust__clip_per": "tensor"}),
-        (2, {"parallel__shard": 2, "activation_checkpointing__mode": "full"}, {"transforms": BITFLIP}),
-        (2, {"parallel__shard": 2}, {"float8__recipe": "tensorwise", "float8__min_size": 16}),
-        (4, {"parallel__shard": 2, "parallel__replicate": 2}, {"robust__clip_per": "tensor"}),
+        pytest.param(
+            2,
+            {"parallel__pipeline": 2, "training__micro_batch_size": 2},
+            {"robust__clip_per": "tensor"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            {"parallel__shard": 2, "activation_checkpointing__mode": "full"},
+            {"transforms": BITFLIP},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2, {"parallel__shard": 2}, {"float8__recipe": "tensorwise", "float8__min_size": 16}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            4, {"parallel__shard": 2, "parallel__replicate": 2}, {"robust__clip_per": "tensor"}, marks=pytest.mark.slow
+        ),
         (4, {"parallel__shard": 2, "parallel__tensor": 2}, {"robust__clip_per": "tensor"}),
-        (4, {"parallel__shard": 2, "parallel__tensor": 2}, {}),
-        (4, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__micro_batch_size": 2}, {"transforms": BITFLIP}),
+        pytest.param(4, {"parallel__shard": 2, "parallel__tensor": 2}, {}, marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            {"parallel__pipeline": 2, "parallel__tensor": 2, "training__micro_batch_size": 2},
+            {"transforms": BITFLIP},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "FSDP 2",

@@ -22,7 +22,7 @@ DEVICES = {
     "nvfp4": '{ kind = "quantise", weight = { format = "nvfp4" }, input = { format = "nvfp4" }, gradients = "clean" }',
     "learned": '{ kind = "quantise", weight = { format = "int4", scale = "learned" }, '
     'input = { format = "int8", scale = "learned", rounding = "stochastic" } }',
-    "optical": '{ kind = "optical", levels = 32, lut_floor = 0.02 }',
+    "optical": '{ kind = "optical", levels = 16, lut_floor = 0.02 }',
     "optical-tiled": '{ kind = "optical", levels = 64, tile = 32, photons = 200.0, ranges = "learned" }',
 }
 SHAPE = {

@@ -468,7 +468,8 @@ def test_compiled_layers_have_the_kernels_in_one_graph(monkeypatch):
             lambda *given: code.multiply(*given, place, True), backend=aot_autograd(fw_compiler=keep), fullgraph=True
         )
         found = traced(*given)
-    assert [(f.shape, f.dtype) for f in found] == [(w.shape, w.dtype) for w in wanted]
+    assert found[1] is wanted[1] is None, "of several tiles the backward finds out again what was clipped"
+    assert (found[0].shape, found[0].dtype) == (wanted[0].shape, wanted[0].dtype)
     calls = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
     assert [set(node.kwargs["tensors_to_clone"]) for node in calls] == [{"seen", "out", "kept"}] * 2
 

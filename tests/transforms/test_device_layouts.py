@@ -17,7 +17,7 @@ from train.export import export, open_trained
 from train.job import run_job
 
 STEPS = 3
-TOLERANCE = 5e-5
+TOLERANCE = 1e-5
 """Of a loss, relative."""
 
 

@@ -152,6 +152,7 @@ def test_several_processes(reference, tmp_path, text_corpus, processes, changes)
     check(reference, record(tmp_path, text_corpus, processes=processes, **changes))
 
 
+@pytest.mark.slow
 def test_resumed(reference, tmp_path, text_corpus):
     first, _ = record(tmp_path, text_corpus, training__stop_after=2)
     second, found = record(tmp_path, text_corpus)

@@ -88,7 +88,9 @@ def test_group_size_must_hold_whole_micro_batches():
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.toml")), ids=lambda file: file.stem)
 def test_every_configuration_loads_and_survives_a_round_trip(file, tmp_path):
     config = load_config([str(file)])
-    assert bool(config.transforms) == ("transforms" in str(file.parent) or file.stem.endswith("_bitflip"))
+    assert bool(config.transforms) == (
+        "transforms" in str(file.parent) or file.stem.endswith(("_bitflip", "_bitnet", "_optical"))
+    )
     resolved = tmp_path / "config.toml"
     resolved.write_text(to_toml(config))
     assert load_config([str(resolved)]) == config

@@ -67,7 +67,7 @@ def test_noise_belongs_to_the_row_and_not_to_its_micro_batch(mesh, tmp_path, tex
     assert (both[1] - alone[0]).abs().gt(1e-4 * both.abs().max()).float().mean() < 0.02
 
 
-@fast_for("optical", "learned")
+@fast_for("optical")
 @pytest.mark.parametrize(
     ("checkpointing", "compiled"),
     [
@@ -118,7 +118,7 @@ def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device):
     assert noisy / clean <= 1.05
 
 
-@fast_for("optical", "bitflip-int8")
+@fast_for("optical")
 def test_strength_grows_from_nothing_to_the_full_effect(mesh, tmp_path, text_corpus, device):
     full, noise = build(mesh, tmp_path, text_corpus, device)
     with torch.no_grad():
@@ -132,5 +132,6 @@ def test_strength_grows_from_nothing_to_the_full_effect(mesh, tmp_path, text_cor
             found.append(forward(model, noise, 5))
         exact = forward(clean, None, 5)
     assert torch.equal(found[2], expected)
-    if device != "b158":  # whose norm is part of the model
+    # The norm of b158 is a part of the model, and storage formats act from the start.
+    if device != "b158" and not device.startswith("bitflip"):
         assert abs(found[0] - exact) < 0.3 * abs(expected - exact) + 1e-6 * exact
