@@ -315,7 +315,6 @@ def write_page(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options, plan = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the runs that were started
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
             campaign(plan, options, opened(options, plan, Path(folder)), Path(folder))
@@ -323,4 +322,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the runs that were started
     main()
