@@ -159,12 +159,8 @@ def packed_weight(name: str, layer: Any) -> PackedWeight:
 def _codes(effect: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What a quantiser of integers rounds a weight (out, in) to: codes (out, in) int8, and scales by blocks."""
     code = effect.code
-    _, range_, factor, _ = code.unpack(effect.tensors)
-    if range_ is not None and factor is not None:
-        range_ = range_ * factor.float().exp()
-    blocks = code.scaling.blocks(weight)
-    scale = code.scaling.scale(blocks, code.form, range_)
-    codes = code.scaling.unblocked(code.form.round(blocks / scale), weight.shape[1])
+    blocks, scale = code.codes(weight, code.read(effect.tensors))
+    codes = code.scaling.unblocked(blocks, weight.shape[1])
     by_blocks = scale.squeeze(-1) if code.scaling.block else scale
     return codes.to(torch.int8), by_blocks.reshape(-1, 1) if by_blocks.dim() < 2 else by_blocks
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from transforms.effect import noted_places, saved
-from transforms.operands import Draw, lane_normals, lane_uniforms
-from transforms.product import Place, Product, ProductCode, convert, passing
-from transforms.quantise import Quantise, QuantiseCode
+from transforms.operands import lane_numbers
+from transforms.product import Place, Product, ProductCode
+from transforms.quantise import Quantise, QuantiseCode, passing
 
 QUERIES = 256
 """How many are computed at a time."""
@@ -117,23 +117,11 @@ class TransformedAttention(torch.autograd.Function):
     """`transformed_attention` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: AttentionPlan,
-        observing: bool,
-        scale: float,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        context: Tensor | None,
-        tokens: Tensor | None,
-        keys: Tensor | None,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, plan: AttentionPlan, observing: bool, scale: float, *arguments: Any) -> Tensor:
         ctx.plan, ctx.scale = plan, scale
-        ctx.save_for_backward(q, k, v, mask, context, tokens, keys, *saved(tensors, plan.noted))
-        return transformed_attention(plan, observing, scale, q, k, v, mask, context, tokens, keys, *tensors)
+        *given, tensors = (*arguments[:7], arguments[7:])  # q, k, v, mask, context, tokens, keys, and the effects' own
+        ctx.save_for_backward(*given, *saved(tensors, plan.noted))
+        return transformed_attention(plan, observing, scale, *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -155,8 +143,8 @@ class TransformedAttention(torch.autograd.Function):
             of_q, of_k, of_v = step.backward(done, chosen, grad[:, :, begin : begin + QUERIES], begin)
             grad_q.append(of_q)
             visible = of_k.shape[2]
-            grad_k = torch.cat([grad_k[:, :, :visible] + of_k, grad_k[:, :, visible:]], 2)
-            grad_v = torch.cat([grad_v[:, :, :visible] + of_v, grad_v[:, :, visible:]], 2)
+            grad_k[:, :, :visible] += of_k
+            grad_v[:, :, :visible] += of_v
         grads = pull_q(torch.cat(grad_q, 2).to(q.dtype)), pull_k(grad_k.to(k.dtype)), pull_v(grad_v.to(v.dtype))
         return None, None, None, *grads, None, None, None, None, *(None for _ in tensors)
 
@@ -241,7 +229,7 @@ class _Step:
             return acc, None
         own = self.own[name]
         magnitudes = _matmul(left.abs(), right.abs()) if code.photons else None
-        full_scale = own[-2 if code.blended else -1] if code.photons else None
+        full_scale = code.read(own).full_scale
         if observing and hidden is not None:
             # How many keys beyond those a device computes scores with depends on the layout: no range may.
             code.observe(acc.masked_fill(hidden, 0), own)
@@ -261,23 +249,17 @@ class _Step:
             )
         if observing:
             code.observe(acc, own)
-        acc = acc.float()
-        uniform = None
-        if magnitudes is not None:
-            variance = full_scale * magnitudes.float() / code.photons
-            strength = own[-1] if code.blended else 1.0
-            acc = acc + variance.sqrt() * self._drawn(lane_normals, own[0][2:], acc, queries, num_keys) * strength
-        if code.converter is None:
-            return acc, None
-        if code.converter.stochastic:
-            uniform = self._drawn(lane_uniforms, own[0][:2], acc, queries, num_keys)
-        return convert(code.converter, acc, own[code.stochastic], uniform, own[-1] if code.blended else None)
+
+        def drawn(key: Tensor, normal: bool) -> Tensor:
+            return self._drawn(key, normal, acc, queries, num_keys)
+
+        return code.converted(acc, code.read(own), drawn, code.variance(full_scale, magnitudes))
 
     def _strength(self, name: str) -> Tensor | None:
         code = getattr(self.plan, name)
-        return self.own[name][-1] if code is not None and code.blended else None
+        return None if code is None else code.read(self.own[name]).strength
 
-    def _drawn(self, draw: Draw, key: Tensor, acc: Tensor, queries: slice, num_keys: int) -> Tensor:
+    def _drawn(self, key: Tensor, normal: bool, acc: Tensor, queries: slice, num_keys: int) -> Tensor:
         """A number for each element of a product; of scores the columns are keys, of which there are `num_keys`."""
         context, tokens = self.place
         assert context is not None
@@ -291,10 +273,10 @@ class _Step:
         lanes = (self.plan.first_head + torch.arange(heads, device=acc.device))[:, None].expand(size)
         where = (position[:, None].expand(size), sample[:, None].expand(size), context[0])
         if not num_keys or self.keys is None:
-            return draw(key, lanes, width, where)
+            return lane_numbers(key, lanes, width, where, normal)
         # A sliding window holds the last of the keys that there were.
         keys = self.keys[..., -num_keys:][..., :width]
-        drawn = draw(key, lanes, max(width, self.keys.shape[-1]), where)
+        drawn = lane_numbers(key, lanes, max(width, self.keys.shape[-1]), where, normal)
         if keys.dim() == 1:
             return drawn.index_select(-1, keys)
         return drawn.gather(-1, keys[:, None, None].expand(*size, -1))

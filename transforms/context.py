@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from transforms.ranges import Moves, Range
+
 if TYPE_CHECKING:
     from transforms.apply import Applied
     from transforms.effect import Effect
-    from transforms.ranges import Range
 
 TRAINING, VALIDATION = "train", "validation"
 WARMUP_LEVELS = 32
@@ -61,6 +62,7 @@ class Noise:
         self._effects: list[Effect] = []
         self._phase = TRAINING
         self._strength = 1.0
+        self._moves: Moves | None = None
 
     def register(self, effect: Effect) -> None:
         self._effects.append(effect)
@@ -110,6 +112,7 @@ class Noise:
     def fill(self) -> None:
         """Write what effects need to where they live: after `to_empty`, which leaves it undefined. Ranges begin anew."""
         self.enter(self._phase)
+        self._moves = None  # `to_empty` has made other tensors
         for range_ in self.ranges.values():
             range_.reset()
 
@@ -128,22 +131,17 @@ class Noise:
             for effect in self._effects:
                 effect.set_strength(strength)
 
-    @torch.no_grad()
     def end_step(self, agree: Callable[[Tensor], Tensor] = lambda seen: seen) -> None:
         """Move the ranges to what the step has seen.
 
         Args:
             agree: takes (n,) float32, the largest values that this device has seen, to those of all devices.
         """
-        ranges = list(self.ranges.values())
-        if not ranges:
+        if not self.ranges:
             return
-        seen = torch.cat([range_.seen for range_ in ranges])
-        # NaN is not ordered: which one a maximum over processes gives depends on their order.
-        seen = agree(torch.where(seen.isnan(), torch.inf, seen))
-        for range_, largest in zip(ranges, seen.split(1)):
-            range_.used.copy_(range_.next(largest))
-            range_.seen.zero_()
+        if self._moves is None:
+            self._moves = Moves(list(self.ranges.values()))
+        self._moves.move(agree)
 
     def drop_step(self) -> None:
         """Forget what the step has seen."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transforms.context import Noise
 from transforms.noise import stream_key
+from transforms.ranges import Range
 
 
-class Code:
+class Code(ABC):
     """The pure functions of an effect on one operand, and all that compiled code may depend on: equal codes share
     compiled code. Subclasses are frozen dataclasses.
 
@@ -23,13 +25,42 @@ class Code:
         """What becomes of a value: `rest` are `own` and `place`."""
         return self.regenerate(value, *rest)[0]
 
+    @abstractmethod
     def regenerate(self, value: Tensor, *rest: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """The same again, and the function from its gradient to that of `value`: alone, or with a list of those of the
         effect's own tensors."""
-        raise NotImplementedError
 
-    def observe(self, value: Tensor, *rest: Any) -> None:
+    def observe(self, value: Tensor, *rest: Any) -> None:  # noqa: B027, most effects note nothing
         """Take note of a value in the effect's own tensors; twice is as once, so that a recomputation does no harm."""
+
+
+class Own(NamedTuple):
+    """The own tensors of an effect that has a range, by what they are; None where it has no such tensor."""
+
+    keys: Tensor | None = None
+    """int64, of its random numbers: two words for each kind."""
+    used: Tensor | None = None
+    """(1,) float32, the range in use, without what is learned of it."""
+    seen: Tensor | None = None
+    """(1,) float32, the largest magnitude of this step; forwards write to it."""
+    log_range: Tensor | None = None
+    """(1,) logarithm of the learned factor on the range."""
+    full_scale: Tensor | None = None
+    """(1,) float32, product of the operands' ranges, for shot noise."""
+    strength: Tensor | None = None
+    """(1,) float32, while effects warm up."""
+
+
+class Slots(ABC):
+    """A mixin: of the code of an effect that has a range, which of `Own` it has."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[str, ...]:
+        """Fields of `Own`, in their order."""
+
+    def read(self, own: Sequence[Tensor]) -> Own:
+        return Own(**dict(zip(self.slots, own)))
 
 
 def noted_places(effects: Iterable[Any]) -> frozenset[int]:
@@ -87,11 +118,11 @@ class Effect(nn.Module):
         """Where what it tracks or learns is kept in checkpoints, without the name of what."""
         return ".".join(["transforms", self.name.removesuffix(".weight"), self.role, *filter(None, [self.stream])])
 
-    def key(self, seed: int, phase: str) -> list[int]:
+    def key(self, seed: int, phase: str, kind: str = "") -> list[int]:
         """Its key. Persistent effects belong to the chip, so training and validation share them."""
         if self.persistent and not phase.startswith("chip"):
             phase = "chip 0"
-        return list(stream_key(seed, self.name, self.role, f"{phase}|{self.stream}"))
+        return list(stream_key(seed, self.name, self.role + kind, f"{phase}|{self.stream}"))
 
     def fill(self, seed: int, phase: str) -> None:
         """Write what follows from the seed and the phase into the effect's tensors."""
@@ -103,3 +134,50 @@ class Effect(nn.Module):
     def write(self, tensor: Tensor, values: list[int]) -> None:
         if not tensor.is_meta:
             tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
+
+
+class RangedEffect(Effect):
+    """An effect with a range: the tensors that its code has slots for.
+
+    Args:
+        code: has `Slots`.
+        range_: tracked or learned, where it has one.
+    """
+
+    def __init__(self, noise: Noise, name: str, role: str, code: Any, stream: str = "", range_: Range | None = None):
+        super().__init__(noise, name, role, stream)
+        self.code, self.of_range = code, (range_,)
+        if range_ is not None:
+            # Named by what it belongs to, not by its place among the effects, which adapters shift (`parallel/names.py`).
+            self.add_module(f"range_{role}{stream}", range_)
+            noise.track(self.label, range_)
+        if "keys" in code.slots:
+            self.register_buffer("keys", torch.empty(2 * len(self.kinds), dtype=torch.int64), persistent=False)
+        if "strength" in code.slots:
+            self.register_buffer("strength", torch.ones(1), persistent=False)
+
+    kinds: tuple[str, ...] = ("",)
+    """What tells apart the keys of its random numbers, beside the role."""
+
+    @property
+    def range(self) -> Range | None:
+        return self.of_range[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        of_range = dict(zip(("used", "seen", "log_range"), self.range.tensors)) if self.range is not None else {}
+        return tuple(of_range[name] if name in of_range else getattr(self, name) for name in self.code.slots)
+
+    @property
+    def noted(self) -> int | None:
+        return self.code.slots.index("seen") if "seen" in self.code.slots else None
+
+    def fill(self, seed: int, phase: str) -> None:
+        if "keys" in self.code.slots:
+            self.write(self.keys, [word for kind in self.kinds for word in self.key(seed, phase, kind)])
+        self.set_strength(1.0)
+
+    @torch.no_grad()
+    def set_strength(self, strength: float) -> None:
+        if "strength" in self.code.slots and not self.strength.is_meta:
+            self.strength.fill_(strength)

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transforms.effect import Code, saved
-from transforms.product import Place, ProductCode, pack, passing, unpack
+from transforms.effect import Code, Slots, saved
+from transforms.product import Place, ProductCode, pack, unpack
+from transforms.quantise import passing
 
 Tensors: TypeAlias = Sequence[Tensor]
 
@@ -194,9 +195,8 @@ class TransformedOutput(torch.autograd.Function):
         ctx: Any, code: Any, observing: bool, y: Tensor, context: Tensor, tokens: Tensor | None, *own: Tensor
     ) -> Tensor:
         found, kept = code.through(y, own, (context, tokens), observing)
-        ctx.save_for_backward(
-            None if kept is None else pack(kept), own[-1] if getattr(code, "blended", False) else None
-        )
+        strength = code.read(own).strength if isinstance(code, Slots) else None
+        ctx.save_for_backward(None if kept is None else pack(kept), strength)
         return found
 
     @staticmethod

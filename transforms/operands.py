@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -121,25 +120,13 @@ def uniforms(operand: Operand, value: Tensor, key: Tensor, context: Tensor, toke
     return within(_uniform_chunks(words, value.device), span.width, skip, skips).reshape(value.shape)
 
 
-Draw: TypeAlias = Callable[[Tensor, Tensor, int, tuple[Tensor, Tensor, Tensor]], Tensor]
-
-
-def lane_uniforms(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """As `uniforms`, for rows with a lane of their own: (..., width).
+def lane_numbers(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor], normal: bool) -> Tensor:
+    """Uniform or standard normal numbers for rows with a lane of their own, (..., width) float32.
 
     Args:
         lanes: (...,) int64.
         place: position and sample, each of the shape of `lanes`, and the step.
     """
-    return _of_lanes(key, lanes, width, place, False)
-
-
-def lane_normals(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Standard normal numbers, float32, for rows with a lane of their own: (..., width)."""
-    return _of_lanes(key, lanes, width, place, True)
-
-
-def _of_lanes(key: Tensor, lanes: Tensor, width: int, place: tuple[Tensor, Tensor, Tensor], normal: bool) -> Tensor:
     position, sample, step = place
     rows = (position + lanes * LANE).flatten(), sample.expand(lanes.shape).flatten()
     return drawn_rows(key, *rows, step, width, normal).unflatten(0, lanes.shape)

@@ -29,20 +29,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transforms.context import Noise
-from transforms.effect import Effect
+from transforms.effect import Own, RangedEffect, Slots
 from transforms.formats import Integer
-from transforms.noise import stream_key
-from transforms.operands import Draw, Operand, lane_normals, lane_uniforms, positions_and_samples
-from transforms.quantise import QuantiseCode
+from transforms.operands import Operand, lane_numbers, positions_and_samples
+from transforms.quantise import QuantiseCode, passing
+from transforms.quantise import within as inside
 from transforms.ranges import Range
 from transforms.scales import Scaling
 
 Place: TypeAlias = tuple[Tensor | None, Tensor | None]
 """Context and tokens."""
+Drawn: TypeAlias = Callable[[Tensor, bool], Tensor]
+"""(key, whether normal) -> a random number for each of some sums: normal, or uniform in [0, 1)."""
 
 
 @dataclass(frozen=True)
-class ProductCode(Operand):
+class ProductCode(Slots, Operand):
     """What happens to the sums that an array makes, and how wide it is."""
 
     converter: QuantiseCode | None
@@ -77,34 +79,65 @@ class ProductCode(Operand):
     def stochastic(self) -> bool:
         return self.photons > 0 or (self.converter is not None and self.converter.stochastic)
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        ranged = self.converter is not None
+        has = {
+            "keys": self.stochastic,
+            "used": ranged,
+            "seen": ranged,
+            "full_scale": self.photons > 0,
+            "strength": self.blended,
+        }
+        return tuple(name for name, present in has.items() if present)
+
     def tiles(self, width: int) -> Iterator[slice]:
         step = self.tile or width
         return (slice(begin, min(begin + step, width)) for begin in range(0, width, step))
 
+    def converted(
+        self, acc: Tensor, own: Own, drawn: Drawn, variance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums after noise and conversion, float32, and which of them were not clipped.
+
+        Args:
+            drawn: the random numbers of these sums.
+            variance: of the noise.
+        """
+        acc = acc.float()
+        if variance is not None:
+            assert own.keys is not None
+            noise = variance.sqrt() * drawn(own.keys[2:], True)
+            acc = acc + (noise if own.strength is None else noise * own.strength)
+        if self.converter is None:
+            return acc, None
+        uniform = None
+        if self.converter.stochastic:
+            assert own.keys is not None
+            uniform = drawn(own.keys[:2], False)
+        assert own.used is not None
+        return self.converter.quantised(acc, own, uniform), inside(acc, own.used)
+
     def convert(
         self, acc: Tensor, own: Sequence[Tensor], place: Place, tile: int = 0, variance: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sums (..., out) after noise and conversion, float32, and which of them were not clipped.
+        """`converted` of the sums (..., out) of a linear layer.
 
         Args:
             own: as `Product.tensors`.
             place: context and tokens.
-            variance: of the noise.
         """
-        acc, (context, tokens) = acc.float(), place
-        if self.stochastic:
+
+        def drawn(key: Tensor, normal: bool) -> Tensor:
+            context, tokens = place
             assert context is not None
             position, sample = positions_and_samples(acc, context, tokens)
             lanes = torch.full_like(position, self.first_tile + tile)
             where = (position, sample, context[0])
-        if variance is not None:
-            noise = self.drawn(lane_normals, own[0][2:], lanes, acc, where)
-            strength = own[-1] if self.blended else 1.0
-            acc = acc + variance.sqrt() * noise * strength
-        if self.converter is None:
-            return acc, None
-        uniform = self.drawn(lane_uniforms, own[0][:2], lanes, acc, where) if self.converter.stochastic else None
-        return convert(self.converter, acc, own[self.stochastic], uniform, own[-1] if self.blended else None)
+            whole = lane_numbers(key, lanes, self.first_column + acc.shape[-1], where, normal)
+            return whole[..., self.first_column :]  # those of the columns that stand here
+
+        return self.converted(acc, self.read(own), drawn, variance)
 
     def through(
         self, acc: Tensor, own: Sequence[Tensor], place: Place, observing: bool
@@ -117,14 +150,9 @@ class ProductCode(Operand):
         found, kept = self.convert(acc, own, place)
         return found.to(acc.dtype), kept
 
-    def drawn(self, draw: Draw, key: Tensor, lanes: Tensor, acc: Tensor, where: tuple) -> Tensor:
-        """A number for each sum, in the columns that stand here."""
-        whole = draw(key, lanes, self.first_column + acc.shape[-1], where)
-        return whole[..., self.first_column :]
-
     def observe(self, acc: Tensor, own: Sequence[Tensor]) -> None:
-        if self.converter is not None and acc.numel():
-            seen = own[self.stochastic + 1]
+        seen = self.read(own).seen
+        if seen is not None and acc.numel():
             seen.copy_(torch.maximum(seen, acc.detach().abs().amax().float()))
 
     def multiply(
@@ -152,11 +180,11 @@ class ProductCode(Operand):
 
     def full_scale(self, weight: Tensor, own: Sequence[Tensor]) -> Tensor | None:
         """What the largest input and weight multiply to, for shot noise."""
-        if not self.photons:
+        of_input = self.read(own).full_scale
+        if of_input is None:
             return None
         assert self.weight is not None
-        # The inputs' range comes behind what is the converter's own.
-        return own[-2 if self.blended else -1] * self.weight.largest(weight)
+        return of_input * self.weight.largest(weight)
 
     def tile_sum(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sum of one tile, and for shot noise that of magnitudes."""
@@ -197,7 +225,7 @@ class ProductCode(Operand):
                     )
                 else:
                     kept[i] = self.convert(acc, own, place, i, self.variance(full_scale, magnitudes))[1]
-        masked = [passing(grad, mask, own[-1] if self.blended else None) for mask in kept]
+        masked = [passing(grad, mask, self.read(own).strength) for mask in kept]
         x, weight = chosen
 
         def of_x() -> Tensor:
@@ -208,26 +236,6 @@ class ProductCode(Operand):
             return torch.cat([g @ x[..., part].reshape(g.shape[1], -1) for g, part in zip(flat, parts)], -1)
 
         return of_x, of_weight
-
-
-def convert(
-    code: QuantiseCode, acc: Tensor, range_: Tensor, uniform: Tensor | None, strength: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What a converter makes of sums, float32, and which of them were within its range; all, before it is known."""
-    scale = code.scaling.scale(acc, code.form, range_)
-    found = code.form.round(acc / scale, uniform) * scale
-    found = torch.where(range_ > 0, found, acc)
-    if strength is not None:
-        found = torch.where(strength < 1, torch.lerp(acc, found, strength), found)
-    return found, (acc.abs() <= range_) | (range_ <= 0)
-
-
-def passing(grad: Tensor, kept: Tensor | None, strength: Tensor | None) -> Tensor:
-    """The gradient of sums from that of what a converter made of them: none where it clipped, but for the part that passes
-    unchanged while it warms up."""
-    if kept is None:
-        return grad
-    return torch.where(kept, grad, 0 if strength is None else (grad * (1 - strength)).to(grad.dtype))
 
 
 _BITS = 32
@@ -247,13 +255,15 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return ((packed[..., None] >> place) & 1).flatten(-2)[..., :width] != 0
 
 
-class Product(Effect):
+class Product(RangedEffect):
     """The module of a `ProductCode`.
 
     Args:
         range_: of the converter.
-        full_scale: ranges of the operands, for shot noise, but for that of a linear layer's weight.
+        operands: whose ranges make the full scale of shot noise, but for that of a linear layer's weight.
     """
+
+    kinds = ("", " noise")
 
     def __init__(
         self,
@@ -262,49 +272,16 @@ class Product(Effect):
         code: ProductCode,
         stream: str = "",
         range_: Range | None = None,
-        full_scale: Sequence[Range] = (),
+        operands: Sequence[Range] = (),
         role: str = "acc",
     ):
-        super().__init__(noise, name, role, stream)
-        self.code, self.range = code, range_
-        self.of_operands = tuple(full_scale)  # other modules'
-        if code.stochastic:
-            self.register_buffer("table", torch.empty(4, dtype=torch.int64), persistent=False)
-        if code.blended:
-            self.register_buffer("strength", torch.ones(1), persistent=False)
-        if range_ is not None:
-            noise.track(self.label, range_)
+        super().__init__(noise, name, role, code, stream, range_)
+        self.of_operands = tuple(operands)  # other modules'
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """(4,) int64, keys of rounding and noise; the converter's range in use and the largest sum seen; the inputs' range;
-        the strength. Each where it is needed."""
-        own = [self.table] if self.code.stochastic else []
-        own += self.range.tensors if self.range is not None else []
-        if self.code.photons:
-            full_scale = torch.ones_like(self.of_operands[0].used)
-            for range_ in self.of_operands:
-                full_scale = full_scale * range_.in_use
-            own += [full_scale]
-        own += [self.strength] if self.code.blended else []
-        return tuple(own)
-
-    @property
-    def noted(self) -> int | None:
-        return self.code.stochastic + 1 if self.range is not None else None
-
-    def fill(self, seed: int, phase: str) -> None:
-        if self.code.stochastic:
-            rounding = self.key(seed, phase)
-            noise = stream_key(seed, self.name, f"{self.role} noise", f"{phase}|{self.stream}")
-            self.write(self.table, [*rounding, *noise])
-        if self.code.blended:
-            self.set_strength(1.0)
-
-    @torch.no_grad()
-    def set_strength(self, strength: float) -> None:
-        if self.code.blended and not self.strength.is_meta:
-            self.strength.fill_(strength)
+    def full_scale(self) -> Tensor:
+        """Product of the operands' ranges, (1,) float32."""
+        return torch.stack([range_.in_use for range_ in self.of_operands]).prod(0)
 
 
 if torch.cuda.is_available():

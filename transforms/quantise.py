@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from transforms.context import Noise
-from transforms.effect import Code, Effect
+from transforms.effect import Code, Own, RangedEffect, Slots
 from transforms.formats import Format
 from transforms.operands import Operand, uniforms
 from transforms.ranges import Range
@@ -30,7 +30,7 @@ from transforms.scales import Scaling
 
 
 @dataclass(frozen=True)
-class QuantiseCode(Code, Operand):
+class QuantiseCode(Code, Slots, Operand):
     form: Format
     scaling: Scaling
     stochastic: bool = False
@@ -51,77 +51,78 @@ class QuantiseCode(Code, Operand):
     persistent = False
 
     @property
-    def saves_value(self) -> bool:
-        return self.tracked or self.learned or self.fixed > 0
+    def slots(self) -> tuple[str, ...]:
+        ranged = self.tracked or self.learned
+        has = {
+            "keys": self.stochastic,
+            "used": ranged,
+            "seen": ranged,
+            "log_range": self.learned,
+            "strength": self.blended,
+        }
+        return tuple(name for name, present in has.items() if present)
 
-    def unpack(self, own: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(key, range in use, logarithm of its learned factor, strength) among the effect's own tensors."""
-        rest = list(own)
-        key = rest.pop(0) if self.stochastic else None
-        range_ = factor = strength = None
-        if self.tracked or self.learned:
-            range_ = rest.pop(0)
-            rest.pop(0)  # what was seen
-        if self.learned:
-            factor = rest.pop(0)
-        if self.blended:
-            strength = rest.pop(0)
-        return key, range_, factor, strength
-
-    def quantised(self, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        """The rounded values in float32, and the range beyond which they saturate, (1,) float32, or None."""
-        *own, context, tokens = rest
-        key, range_, factor, strength = self.unpack(tuple(own))
-        exact = value.float()
-        if range_ is not None and factor is not None:
-            range_ = range_ * factor.float().exp()
+    def range_of(self, own: Own, device: torch.device) -> Tensor | None:
+        """(1,) float32, the largest magnitude that the format holds; None where that follows from the values."""
         if self.fixed:
-            range_ = torch.full((1,), self.fixed, device=value.device)
-        uniform = None
-        if key is not None:
-            uniform = self.scaling.blocks(uniforms(self, value, key, context, tokens))
-        blocks = self.scaling.blocks(exact)
-        scale = self.scaling.scale(blocks, self.form, range_)
-        found = self.scaling.unblocked(self.form.round(blocks / scale, uniform) * scale, value.shape[-1])
+            return torch.full((1,), self.fixed, device=device)
+        if own.used is None or own.log_range is None:
+            return own.used
+        return own.used * own.log_range.float().exp()
+
+    def codes(self, value: Tensor, own: Own, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The numbers that a value is rounded to, in blocks where scales are of blocks, and their scale; both float32."""
+        blocks = self.scaling.blocks(value.float())
+        scale = self.scaling.scale(blocks, self.form, self.range_of(own, value.device))
+        return self.form.round(blocks / scale, None if uniform is None else self.scaling.blocks(uniform)), scale
+
+    def quantised(self, value: Tensor, own: Own, uniform: Tensor | None) -> Tensor:
+        """The value after rounding, float32."""
+        exact, range_ = value.float(), self.range_of(own, value.device)
+        codes, scale = self.codes(value, own, uniform)
+        found = self.scaling.unblocked(codes * scale, value.shape[-1])
         if self.floor:
             least = self.floor * (scale * self.form.max)
             found = torch.where((found != 0) & (found.abs() < least), torch.copysign(least, found), found)
         if range_ is not None:
             # Before anything was seen nothing is known of the range: the value passes.
             found = torch.where(range_ > 0, found, exact)
-        if strength is not None:
-            found = torch.where(strength < 1, torch.lerp(exact, found, strength), found)
-        return found, range_
+        if own.strength is not None:
+            found = torch.where(own.strength < 1, torch.lerp(exact, found, own.strength), found)
+        return found
+
+    def _rounded(self, value: Tensor, own: Own, context: Tensor, tokens: Tensor | None) -> Tensor:
+        uniform = None if own.keys is None else uniforms(self, value, own.keys, context, tokens)
+        return self.quantised(value, own, uniform)
 
     def forward(self, value: Tensor, *rest: Any) -> Tensor:
-        return self.quantised(value, *rest)[0].to(value.dtype)
+        return self._rounded(value, self.read(rest[:-2]), *rest[-2:]).to(value.dtype)
 
     def regenerate(self, value: Tensor, *rest: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        found, range_ = self.quantised(value, *rest)
+        own = self.read(rest[:-2])
+        rounded, range_ = self._rounded(value, own, *rest[-2:]), self.range_of(own, value.device)
         if range_ is None:
-            return found.to(value.dtype), lambda grad: grad
-        inside = (value.abs() <= range_) | (range_ <= 0)
-        strength = self.unpack(tuple(rest[:-2]))[3]
-        # While warming up the part of a value that passes unchanged does so beyond the range as well.
-        unchanged = 0.0 if strength is None else 1 - strength
+            return rounded.to(value.dtype), lambda grad: grad
+        inside = within(value, range_)
 
         def pull(grad: Tensor) -> Any:
-            passed = torch.where(inside, grad, (grad * unchanged).to(grad.dtype))
+            passed = passing(grad, inside, own.strength)
             if not self.learned:
                 return passed
             exact = value.float()
-            slope = torch.where(range_ > 0, torch.where(inside, found - exact, found - unchanged * exact), 0)
+            beyond = rounded if own.strength is None else rounded - (1 - own.strength) * exact
+            slope = torch.where(range_ > 0, torch.where(inside, rounded - exact, beyond), 0)
             total = (grad.float() * slope).sum() / math.sqrt(self.form.max * self.features)
-            grads: list[Tensor | None] = [None] * (len(rest) - 2)
-            grads[-2 if self.blended else -1] = total.view(1)
+            grads: list[Tensor | None] = [None] * len(self.slots)
+            grads[self.slots.index("log_range")] = total.view(1)
             return passed, grads
 
-        return found.to(value.dtype), pull
+        return rounded.to(value.dtype), pull
 
     def observe(self, value: Tensor, *rest: Any) -> None:
-        if not (self.tracked or self.learned) or value.numel() == 0:
+        seen = self.read(rest[:-2]).seen
+        if seen is None or value.numel() == 0:
             return
-        seen = rest[2 if self.stochastic else 1]
         magnitude = value.detach().abs()
         if self.learned and self.of_weight:
             # LSQ's first step, 2 mean|w| / sqrt(n), as a range.
@@ -131,11 +132,25 @@ class QuantiseCode(Code, Operand):
         seen.copy_(torch.maximum(seen, found))
 
 
-class Quantise(Effect):
+def within(value: Tensor, range_: Tensor) -> Tensor:
+    """Which values a range holds; all, before it is known."""
+    return (value.abs() <= range_) | (range_ <= 0)
+
+
+def passing(grad: Tensor, inside: Tensor | None, strength: Tensor | None) -> Tensor:
+    """The straight-through gradient of what was rounded: none where it was clipped, but for the part that passes unchanged
+    while the effect warms up."""
+    if inside is None:
+        return grad
+    return torch.where(inside, grad, 0 if strength is None else (grad * (1 - strength)).to(grad.dtype))
+
+
+class Quantise(RangedEffect):
     """The module of a `QuantiseCode`.
 
     Args:
         range_: what is tracked or learned, where the scale is a range.
+        transposed: the weight is stored (in, out).
     """
 
     def __init__(
@@ -148,29 +163,8 @@ class Quantise(Effect):
         range_: Range | None = None,
         transposed: bool = False,
     ):
-        super().__init__(noise, name, role, stream)
-        self.code, self.transposed = code, transposed
-        if range_ is not None:
-            # Named by what it belongs to, not by its place among the effects, which adapters shift (`parallel/names.py`).
-            self.add_module(f"range_{role}{stream}", range_)
-        self.of_range = (range_,)
-        if code.stochastic:
-            self.register_buffer("table", torch.empty(2, dtype=torch.int64), persistent=False)
-        if code.blended:
-            self.register_buffer("strength", torch.ones(1), persistent=False)
-        if range_ is not None:
-            noise.track(self.label, range_)
-
-    @property
-    def range(self) -> Range | None:
-        return self.of_range[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        own = [self.table] if self.code.stochastic else []
-        own += self.range.tensors if self.range is not None else []
-        own += [self.strength] if self.code.blended else []
-        return tuple(own)
+        super().__init__(noise, name, role, code, stream, range_)
+        self.transposed = transposed
 
     def forward(self, value: Tensor) -> Tensor:
         """As a parametrization, for those who look at the weight."""
@@ -178,21 +172,6 @@ class Quantise(Effect):
             return value
         rest = (*self.tensors, *self.noise.place())
         return self.code.forward(value.t(), *rest).t() if self.transposed else self.code.forward(value, *rest)
-
-    @property
-    def noted(self) -> int | None:
-        return self.code.stochastic + 1 if self.range is not None else None
-
-    def fill(self, seed: int, phase: str) -> None:
-        if self.code.stochastic:
-            self.write(self.table, self.key(seed, phase))
-        if self.code.blended:
-            self.set_strength(1.0)
-
-    @torch.no_grad()
-    def set_strength(self, strength: float) -> None:
-        if self.code.blended and not self.strength.is_meta:
-            self.strength.fill_(strength)
 
 
 @dataclass(frozen=True)

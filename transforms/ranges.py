@@ -9,9 +9,11 @@ belongs to passes values unchanged: so the first step of a run trains as if it w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 LARGEST_STEP = 16.0
 """How many times a tracked range a step's largest value counts for at most."""
@@ -41,8 +43,6 @@ class Range(nn.Module):
             return [self.used, self.seen]
         factor = self.log_range
         if isinstance(factor, DTensor):  # each tensor-parallel device has a part of its gradient
-            from torch.distributed.tensor import Partial
-
             factor = factor.to_local(grad_placements=[Partial()])
         return [self.used, self.seen, factor]
 
@@ -52,19 +52,36 @@ class Range(nn.Module):
         tensors = self.tensors
         return self.used if self.log_range is None else self.used * tensors[2].detach().float().exp()
 
-    def next(self, seen: Tensor) -> Tensor:
-        """The range to use after a step in which `seen` was the largest value, 0 where nothing was looked at."""
-        if self.log_range is not None:
-            moved = self.used
-        else:
-            # A single value out of all proportion, such as a bit error makes, must not end a layer.
-            moved = self.decay * self.used + (1 - self.decay) * torch.minimum(seen, LARGEST_STEP * self.used)
-        moved = torch.where(self.used > 0, moved, seen)
-        return torch.where((seen > 0) & torch.isfinite(seen), moved, self.used)
-
     @torch.no_grad()
     def reset(self) -> None:
         """Nothing is known yet."""
         if not self.used.is_meta:
             self.used.zero_()
             self.seen.zero_()
+
+
+class Moves:
+    """How ranges move at the end of a step: all in a few operations, however many they are."""
+
+    def __init__(self, ranges: Sequence[Range]):
+        self.used, self.seen = [range_.used for range_ in ranges], [range_.seen for range_ in ranges]
+        # A learned one stays where the first step put it.
+        decay = [1.0 if range_.log_range is not None else range_.decay for range_ in ranges]
+        self.decay = torch.tensor(decay, device=self.used[0].device)
+
+    @torch.no_grad()
+    def move(self, agree: Callable[[Tensor], Tensor]) -> None:
+        """
+        Args:
+            agree: takes (n,) float32, the largest values that this device has seen, to those of all devices.
+        """
+        seen, used = torch.cat(self.seen), torch.cat(self.used)
+        # NaN is not ordered: which one a maximum over processes gives depends on their order.
+        seen = agree(torch.where(seen.isnan(), torch.inf, seen))
+        # A single value out of all proportion, such as a bit error makes, must not end a layer.
+        moved = self.decay * used + (1 - self.decay) * torch.minimum(seen, LARGEST_STEP * used)
+        moved = torch.where(used > 0, moved, seen)
+        # 0: nothing was looked at.
+        moved = torch.where((seen > 0) & torch.isfinite(seen), moved, used)
+        torch._foreach_copy_(self.used, list(moved.split(1)))
+        torch._foreach_zero_(self.seen)

@@ -8,7 +8,7 @@ from torch import nn
 
 from parallel.names import LEARNED, named_parameters
 from transforms.apply import apply
-from transforms.ranges import LARGEST_STEP, Range
+from transforms.ranges import LARGEST_STEP, Moves, Range
 from transforms.specs import LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 
@@ -120,15 +120,22 @@ def test_clean_gradients_use_what_the_layer_would_see_without_hardware():
 
 def test_one_value_out_of_all_proportion_does_not_end_a_layer():
     range_ = Range(0.9)
+
+    def moved(seen: float) -> torch.Tensor:
+        range_.seen.fill_(seen)
+        Moves([range_]).move(lambda found: found)
+        assert not range_.seen
+        return range_.used
+
     for seen in (2.0, 1e30):
-        range_.used.copy_(range_.next(torch.tensor([seen])))
+        moved(seen)
     assert range_.used == pytest.approx(0.9 * 2 + 0.1 * LARGEST_STEP * 2)
     for _ in range(30):
-        range_.used.copy_(range_.next(torch.tensor([2.0])))
+        moved(2.0)
     assert range_.used == pytest.approx(2.0, rel=0.1)
     for bad in (torch.inf, torch.nan, 0.0):
         before = range_.used.clone()
-        assert torch.equal(range_.next(torch.tensor([bad])), before)
+        assert torch.equal(moved(bad), before)
 
 
 def test_what_a_dropped_step_has_seen_counts_for_nothing():

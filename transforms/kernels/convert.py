@@ -265,7 +265,7 @@ def convert(
     Raises:
         ValueError: the rows cannot be matched to the batch's tokens.
     """
-    context, tokens = place if code.stochastic else (None, None)
+    of, (context, tokens) = code.read(own), place if code.stochastic else (None, None)
     length, lanes, lane, position = 1, 1, code.first_tile + tile, 0
     if heads is not None:
         lanes, length = acc.shape[1:3]
@@ -288,10 +288,10 @@ def convert(
         total,
         magnitudes,
         full_scale,
-        own[0] if code.stochastic else None,
-        own[code.stochastic],
-        own[code.stochastic + 1] if observing else None,
-        own[-1] if code.blended else None,
+        of.keys,
+        of.used,
+        of.seen if observing else None,
+        of.strength,
         context,
         tokens,
         code.text,
