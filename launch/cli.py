@@ -160,13 +160,7 @@ def _eval_parser(commands: Any) -> None:
 def _calibrate_parser(commands: Any) -> None:
     parser = commands.add_parser("calibrate", help="fit the ranges of converters on text, for eval --ranges")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
-    parser.add_argument(
-        "--transforms",
-        nargs="+",
-        required=True,
-        metavar="FILE.toml",
-        help="[[transforms]] with tracked or learned ranges",
-    )
+    _transforms_argument(parser, "[[transforms]] with tracked or learned ranges")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to read")
     parser.add_argument("--tokens", type=_positive, help="tokens of each file, from its beginning (default 16384)")
     _forward_arguments(parser)
@@ -177,13 +171,7 @@ def _calibrate_parser(commands: Any) -> None:
 def _sweep_parser(commands: Any) -> None:
     parser = commands.add_parser("sweep-noise", help="perplexity against the probability of bit errors, with a plot")
     parser.add_argument("--model", required=True, help="run, checkpoint, or Hugging Face folder")
-    parser.add_argument(
-        "--transforms",
-        nargs="+",
-        required=True,
-        metavar="FILE.toml",
-        help="[[transforms]] whose probabilities above 0 are changed",
-    )
+    _transforms_argument(parser, "[[transforms]] whose probabilities above 0 are changed")
     parser.add_argument("--text", required=True, metavar="FILE", help="text file")
     parser.add_argument("--probabilities", required=True, metavar="P,P", help="as in 1e-6,1e-5,1e-4")
     parser.add_argument("--mode", default="chip", choices=["chip", "resample"])
@@ -192,6 +180,10 @@ def _sweep_parser(commands: Any) -> None:
     _forward_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="result; the plot goes beside it as .png")
     parser.set_defaults(run=_sweep)
+
+
+def _transforms_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--transforms", nargs="+", required=True, metavar="FILE.toml", help=help)
 
 
 def _ranges_argument(parser: argparse.ArgumentParser) -> None:

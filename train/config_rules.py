@@ -259,20 +259,13 @@ def _split_inputs(config: Config, shape: LlamaShape, degree: int) -> Iterator[Pr
     """Scales and tiles of a transform that would be on two tensor-parallel devices."""
     for i, spec in enumerate(config.transforms):
         for name, (_, inputs) in block_layers(shape).items():
-            together = inputs_together(spec, inputs)
+            together, what = inputs_together(spec, inputs)
             if not name.endswith(("o_proj", "down_proj")) or not matches(spec, f"model.layers.0.{name}"):
                 continue
             if (inputs // degree) % together:
-                what = (
-                    "a tile of"
-                    if getattr(spec, "tile", 0)
-                    else "shot noise of a sum over"
-                    if spec.kind == "optical"
-                    else "a scale of"
-                )
                 yield Problem(
-                    f"each device would have {inputs // degree} of the {inputs} inputs of {name}, and transforms.{i} has {what} "
-                    f"{together}: choose a smaller degree{', or set tile' if what.startswith('shot') else ''}",
+                    f"each device would have {inputs // degree} of the {inputs} inputs of {name}, and {what} of transforms.{i} "
+                    f"takes {together}: choose a smaller degree or another tile",
                     "parallel.tensor",
                     config.parallel.tensor,
                 )

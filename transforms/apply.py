@@ -9,7 +9,6 @@ would make a class each: compiled code depends on the class, and torch.compile g
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from transforms.effect import noted_places
 from transforms.linear import Plan, TransformedLinear, TransformedOutput, transformed_linear
 from transforms.lora import LowRank
 from transforms.product import Product
-from transforms.specs import Hardware, LoraSpec, QuantiseSpec
+from transforms.specs import Hardware, LoraSpec, QuantiseSpec, matches, name_pattern
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
@@ -116,8 +115,7 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
         if not found:
             raise TransformError("the model has no linear layer inside numbered blocks: name the layers", index)
     for pattern in spec.modules:
-        regex = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
-        named = {name: module for name, module in modules.items() if name and regex.fullmatch(name)}
+        named = {name: module for name, module in modules.items() if name and name_pattern(pattern).fullmatch(name)}
         linear = {name: module for name, module in named.items() if _is_linear(module)}
         if not named:
             near = difflib.get_close_matches(pattern, [name for name, m in modules.items() if _is_linear(m)], 1, 0.3)
@@ -158,10 +156,8 @@ def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0)
             found[name.rpartition(".")[0]] = module
         elif hasattr(module, "is_causal") and _NUMBERED.search(name):
             found[name] = module
-    named = [re.compile(p[3:] if p.startswith("re:") else fnmatch.translate(p)) for p in spec.modules]
-    if named:
-        found = {name: m for name, m in found.items() if any(pattern.fullmatch(name) for pattern in named)}
-    if not reaches_attention(model) or not (found or named):
+    found = {name: module for name, module in found.items() if matches(spec, name)}
+    if not reaches_attention(model) or not (found or spec.modules):
         raise TransformError(
             "this model's attention has no port for effects on its products: set attention = false", index
         )
@@ -193,7 +189,15 @@ def remove(model: nn.Module) -> None:
                 others = dict(module._parameters)
                 module._parameters.clear()
                 module._parameters |= {"weight": weight, **others}  # in the order of before
-            for name in ("input_effects", "output_effects", "product", "exact", "noise", "plan", "clean_plan"):
+            for name in (
+                "input_effects",
+                "output_effects",
+                "product",
+                "clean_gradients",
+                "noise",
+                "plan",
+                "clean_plan",
+            ):
                 delattr(module, name)
 
 
@@ -219,7 +223,7 @@ def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, s
         found = stages(spec, _site(layer, name, noise, stream, transposed))
     if not is_transformed(layer):
         layer.input_effects, layer.output_effects, layer.product = nn.ModuleList(), nn.ModuleList(), None
-        layer.noise, layer.exact = noise, False
+        layer.noise, layer.clean_gradients = noise, False
     for effect in found.weight:
         _on_weight(layer, effect)
     layer.input_effects.extend(found.input)
@@ -228,16 +232,16 @@ def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, s
         if layer.product is not None:
             raise DeviceError(f"{name}: one analog product per layer is enough")
         layer.product = found.product
-    layer.exact |= found.exact
+    layer.clean_gradients |= found.clean_gradients
     layer.__class__ = transformed_class(base, is_parametrized(layer))
     of_weight = list(layer.parametrizations.weight) if is_parametrized(layer) else []
     kept = [effect for effect in of_weight if not effect.hardware], [e for e in layer.input_effects if not e.hardware]
-    exact = None
-    if layer.exact:
-        exact = tuple(tuple(not effect.hardware for effect in effects) for effects in (of_weight, layer.input_effects))
+    stays = None
+    if layer.clean_gradients:
+        stays = tuple(tuple(not effect.hardware for effect in effects) for effects in (of_weight, layer.input_effects))
     # Sums that are split over devices are converted after their exchange.
     product = None if layer.product is None or _converts_sums(layer) else layer.product
-    layer.plan = _plan(of_weight, layer.input_effects, transposed, product, exact)
+    layer.plan = _plan(of_weight, layer.input_effects, transposed, product, stays)
     layer.clean_plan = _plan(*kept, transposed)
 
 
@@ -305,7 +309,7 @@ def _plan(
     of_input: Sequence[Any],
     transposed: bool,
     product: Product | None = None,
-    exact: tuple[tuple[bool, ...], ...] | None = None,
+    stays: tuple[tuple[bool, ...], ...] | None = None,
 ) -> Plan:
     return Plan(
         tuple(effect.code for effect in of_weight),
@@ -315,7 +319,7 @@ def _plan(
         transposed,
         None if product is None else product.code,
         noted_places([*of_weight, *of_input, *([] if product is None else [product])]),
-        exact,
+        stays,
     )
 
 

@@ -47,7 +47,7 @@ class AttentionPlan:
     """Number of the first head that is here."""
     noted: frozenset[int] = frozenset()
     """Which of the tensors forwards write to."""
-    exact: bool = False
+    clean_gradients: bool = False
     """Gradients use q, k, v and P as they are before the hardware."""
 
     def split(self, tensors: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
@@ -61,13 +61,15 @@ class AttentionPlan:
 class AttentionEffects(nn.Module):
     """What one attention owns of its effects; those that are None do not act."""
 
-    def __init__(self, effects: dict[str, Quantise | Product | None], first_head: int, exact: bool):
+    def __init__(self, effects: dict[str, Quantise | Product | None], first_head: int, clean_gradients: bool):
         super().__init__()
         self.effects = nn.ModuleDict({name: effect for name, effect in effects.items() if effect is not None})
         codes: dict[str, Any] = {name: self.effects[name].code if name in self.effects else None for name in effects}
         counts = [len(self.effects[name].tensors) if name in self.effects else 0 for name in (*_OPERANDS, *_PRODUCTS)]
         noted = noted_places(self.in_order)
-        self.plan = AttentionPlan(**codes, counts=tuple(counts), first_head=first_head, noted=noted, exact=exact)
+        self.plan = AttentionPlan(
+            **codes, counts=tuple(counts), first_head=first_head, noted=noted, clean_gradients=clean_gradients
+        )
 
     @property
     def in_order(self) -> list[Any]:
@@ -136,7 +138,7 @@ class TransformedAttention(torch.autograd.Function):
             for code, name, value in ((plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v))
         )
         step = _Step(plan, ctx.scale, own, place, keys)
-        chosen = exact if plan.exact else (q, k, v)
+        chosen = exact if plan.clean_gradients else (q, k, v)
         grad_q, grad_k, grad_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for begin in range(0, q.shape[2], QUERIES):
             done = step.forward(q, k, v, mask, begin, observing=False)
@@ -200,7 +202,7 @@ class _Step:
         visible, heads = exact.shape[-1], k.shape[1]
         part, k, v = q[:, :, begin : begin + exact.shape[2]], k[:, :, :visible], v[:, :, :visible]
         grad = passing(grad, done.output_kept, self._strength("context"))
-        multiplied = (exact if self.plan.exact else done.probabilities).to(v.dtype)
+        multiplied = (exact if self.plan.clean_gradients else done.probabilities).to(v.dtype)
         of_v = _matmul_kv(multiplied.transpose(-1, -2), grad, heads)
         of_p = _matmul(grad, v.transpose(-1, -2)).float()
         of_s = exact * (of_p - (of_p * exact).sum(-1, keepdim=True)) * self.scale

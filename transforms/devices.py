@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from transforms.attention import AttentionEffects
-from transforms.bitflip import Bitflip, bit_probabilities
+from transforms.bitflip import STORAGE, Bitflip, bit_probabilities
 from transforms.context import Noise
 from transforms.effect import Effect
 from transforms.formats import Integer, named
@@ -25,7 +25,16 @@ from transforms.product import Product, ProductCode
 from transforms.quantise import Norm, NormCode, Quantise, QuantiseCode
 from transforms.ranges import Range
 from transforms.scales import Scaling
-from transforms.specs import BLOCKS, BitflipSpec, CellFaults, Hardware, OpticalSpec, Quantised, QuantiseSpec
+from transforms.specs import (
+    BLOCKS,
+    BitflipSpec,
+    CellFaults,
+    Hardware,
+    OpticalSpec,
+    Quantised,
+    QuantiseSpec,
+    inputs_together,
+)
 
 NORM_EPS = 1e-5
 """Of the norm before a BitNet layer."""
@@ -80,17 +89,6 @@ class Site:
             factor = distribute_tensor(factor, self.mesh, [Replicate()], src_data_rank=None)
         return Range(decay, nn.Parameter(factor))
 
-    def check_blocks(self, size: int, what: str) -> None:
-        """
-        Raises:
-            DeviceError: a block of inputs would be on two devices.
-        """
-        if self.splits_inputs and self.local_in % size:
-            raise DeviceError(
-                f"{self.name}: each tensor-parallel device has {self.local_in} of its inputs, which is no multiple of {what} "
-                f"{size}: choose a smaller parallel.tensor"
-            )
-
 
 @dataclass
 class Stages:
@@ -100,7 +98,7 @@ class Stages:
     input: list[Effect] = field(default_factory=list)
     product: Product | None = None
     output: list[Effect] = field(default_factory=list)
-    exact: bool = False
+    clean_gradients: bool = False
     """Gradients use the operands as they are before the hardware."""
 
 
@@ -108,8 +106,14 @@ def stages(spec: Hardware, site: Site) -> Stages:
     """What a transform does to a linear layer.
 
     Raises:
-        DeviceError: as the layer is split, it cannot.
+        DeviceError: inputs that belong together would be on two devices.
     """
+    together, what = inputs_together(spec, site.in_features)
+    if site.splits_inputs and site.local_in % together:
+        raise DeviceError(
+            f"{site.name}: each tensor-parallel device has {site.local_in} of its inputs, and {what} takes {together}: choose "
+            "a smaller parallel.tensor or another tile"
+        )
     return _OF_KIND[spec.kind](spec, site)
 
 
@@ -127,7 +131,6 @@ def _bitflip(spec: BitflipSpec, site: Site) -> Stages:
         if faults is None:
             return []
         probabilities = bit_probabilities(spec.storage, faults.sign_exponent, faults.mantissa, faults.bits)
-        few_bits = spec.storage in ("int8", "fp8_e4m3", "fp8_e5m2")
         return [
             Bitflip(
                 site.noise,
@@ -141,7 +144,7 @@ def _bitflip(spec: BitflipSpec, site: Site) -> Stages:
                 site.stream,
                 site.transposed and role == "w",
                 window,
-                scaling if few_bits else None,
+                None if spec.storage in STORAGE else scaling,
             )
         ]
 
@@ -166,8 +169,6 @@ def _scaling(operand: Quantised, site: Site, of_weight: bool) -> Scaling:
         kind, block = "block", min(operand.group_size, site.in_features)
     elif kind in ("tracked", "learned"):
         kind = "range"
-    if block:
-        site.check_blocks(block, "the block of")
     make = site.weight_scaling if of_weight else site.input_scaling
     return make(kind, block, 0.0 if block else least)
 
@@ -197,7 +198,7 @@ def _operand(operand: Quantised, site: Site, role: str, decay: float) -> Quantis
 
 
 def _quantise(spec: QuantiseSpec, site: Site) -> Stages:
-    found = Stages(exact=spec.gradients == "clean")
+    found = Stages(clean_gradients=spec.gradients == "clean")
     if spec.weight is not None:
         found.weight.append(_operand(spec.weight, site, "w", spec.range_decay))
     if spec.norm:
@@ -243,13 +244,6 @@ def _converter(spec: OpticalSpec, noise: Noise) -> QuantiseCode:
 def _optical(spec: OpticalSpec, site: Site) -> Stages:
     noise, blended = site.noise, site.noise.warmup > 0
     learned = spec.ranges == "learned"
-    if spec.tile:
-        site.check_blocks(spec.tile, "the tile of")
-    elif spec.photons and site.splits_inputs:
-        raise DeviceError(
-            f"{site.name}: its sums are split over tensor-parallel devices, and shot noise belongs to a whole sum: set tile so "
-            "that each device has whole tiles"
-        )
     weight = QuantiseCode(
         _levels(spec.weight_levels or spec.levels),
         site.weight_scaling("tensor"),
@@ -279,7 +273,7 @@ def _optical(spec: OpticalSpec, site: Site) -> Stages:
         weight=[Quantise(noise, f"{site.name}.weight", "w", weight, site.stream, transposed=site.transposed)],
         input=[Quantise(noise, site.name, "x", inputs, site.stream, of_input)],
         product=Product(noise, site.name, product, site.stream, Range(spec.range_decay), [of_input]),
-        exact=spec.gradients == "clean",
+        clean_gradients=spec.gradients == "clean",
     )
 
 

@@ -48,8 +48,8 @@ class Plan:
     """What multiplies them, where it is not exact; it takes the remaining tensors."""
     noted: frozenset[int] = frozenset()
     """Which of the tensors forwards write to."""
-    exact: tuple[tuple[bool, ...], ...] | None = None
-    """Gradients use the operands as they are without hardware; of each effect on weight and input, whether it is none."""
+    stays: tuple[tuple[bool, ...], ...] | None = None
+    """Where gradients use the operands as they are without hardware: of each effect on weight and input, whether it stays."""
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensors], list[Tensors], Tensors]:
         """The tensors of each of the weight's effects, of each of the input's, and of the product."""
@@ -125,10 +125,10 @@ class TransformedLinear(torch.autograd.Function):
             tensors = [after(t, grad) if t is not None and t.requires_grad else t for t in tensors]
         of_weight, of_input, of_product = plan.split(tensors)
         place = (context, tokens)
-        exact_weight, exact_input = plan.exact or (None, None)
+        weight_stays, input_stays = plan.stays or (None, None)
         weight = weight.t() if plan.transposed else weight
-        weight, chosen_weight, pull_weight = _regenerate(plan.weight, of_weight, weight, place, exact_weight)
-        x, chosen_x, pull_input = _regenerate(plan.input, of_input, x, place, exact_input)
+        weight, chosen_weight, pull_weight = _regenerate(plan.weight, of_weight, weight, place, weight_stays)
+        x, chosen_x, pull_input = _regenerate(plan.input, of_input, x, place, input_stays)
 
         num_weight, num_input = sum(plan.weight_counts), sum(plan.input_counts)
         needs = ctx.needs_input_grad

@@ -22,6 +22,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """What a pattern of layers' names means, for `fullmatch`: a regular expression after "re:", otherwise a glob."""
+    return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+
+
 class Layered(Spec):
     modules: list[str] = []
     """Layers to transform, by their Hugging Face names: globs ("*.mlp.*", "lm_head"), or "re:" and a regular expression
@@ -31,11 +36,10 @@ class Layered(Spec):
     @classmethod
     def _compile(cls, patterns: list[str]) -> list[str]:
         for pattern in patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            try:
+                name_pattern(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 
 
@@ -204,20 +208,19 @@ class OpticalSpec(Layered):
 
 def matches(spec: Layered, name: str) -> bool:
     """Whether a transform's patterns take a layer of a block, by its Hugging Face name."""
-    patterns = [p[3:] if p.startswith("re:") else fnmatch.translate(p) for p in spec.modules]
-    return not patterns or any(re.fullmatch(pattern, name) for pattern in patterns)
+    return not spec.modules or any(name_pattern(pattern).fullmatch(name) for pattern in spec.modules)
 
 
-def inputs_together(spec: Layered, in_features: int) -> int:
-    """How many neighbouring inputs of a layer have to be on one device: those that share a scale or a tile. 1 if none do."""
+def inputs_together(spec: Layered, in_features: int) -> tuple[int, str]:
+    """How many neighbouring inputs of a layer have to be on one device, and what they share; 1 if nothing."""
     if isinstance(spec, OpticalSpec):
-        return spec.tile or (in_features if spec.photons else 1)
+        return (spec.tile, "a tile") if spec.tile else (in_features if spec.photons else 1, "shot noise without a tile")
     sizes = [1]
     for operand in (spec.weight, spec.input) if isinstance(spec, QuantiseSpec) else ():
         if operand is not None:
             sizes.append(BLOCKS.get(operand.format, 1))
             sizes.append(min(operand.group_size, in_features) if operand.scale == "group" else 1)
-    return max(sizes)
+    return max(sizes), "a scale"
 
 
 Hardware = BitflipSpec | QuantiseSpec | OpticalSpec

@@ -39,13 +39,13 @@ def problems(world_size: int, **changes: object) -> list[str]:
         (
             2,
             {"parallel__tensor": 2, "transforms": GROUPS},
-            "64 of the 128 inputs of self_attn.o_proj, and transforms.0 has a scale of 128",
+            "64 of the 128 inputs of self_attn.o_proj, and a scale of transforms.0 takes 128",
         ),
-        (2, {"parallel__tensor": 2, "transforms": TILES}, "transforms.0 has a tile of 128"),
+        (2, {"parallel__tensor": 2, "transforms": TILES}, "a tile of transforms.0 takes 128"),
         (
             2,
             {"parallel__tensor": 2, "transforms": PHOTONS},
-            "shot noise of a sum over 128: choose a smaller degree, or set tile",
+            "shot noise without a tile of transforms.0 takes 128: choose a smaller degree or another tile",
         ),
         (4, {"parallel__tensor": 4}, "does not divide the model's KV heads 2; the nearest degree that fits: 2"),
         (3, {"parallel__tensor": 3, "training__sequence_length": 48}, "KV heads 2, heads 4, padded vocabulary 2048"),

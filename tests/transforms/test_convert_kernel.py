@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from hopper import compile_for_hopper, pretend_hopper, written_by
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -350,10 +351,6 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"
 
 def compile_ahead(case: Case | tuple[int, int, bool]):
     """The kernel of a case compiled for compute capability 9.0."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel, arguments = launched(case)
     constants = {name: arguments[name] for name in kernel.arg_names if name.isupper()}
     signature, attributes = {}, {}
@@ -365,8 +362,7 @@ def compile_ahead(case: Case | tuple[int, int, bool]):
             signature[name] = "constexpr" if name in constants else "i32"
         if isinstance(value, torch.Tensor) or (name not in constants and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+    return compile_for_hopper(kernel, signature, constants, attributes, arguments["num_warps"])
 
 
 COMPILED: dict[str, Any] = {
@@ -417,36 +413,16 @@ def resources(compiled, folder: Path) -> str:
 
 @pytest.mark.parametrize("name", ["stochastic", "not observing", "noise, strength", "tokens"])
 def test_compiled_code_sees_what_is_written(name, monkeypatch):
-    import triton
-    from torch._higher_order_ops import triton_kernel_wrap
-    from triton.backends.compiler import GPUTarget
-
-    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
-        pytest.skip("this torch analyses kernels by another function")
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-    kernel, arguments = launched(CASES[name])
-    del arguments["num_warps"]
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    found = triton_kernel_wrap.identify_accessed_tensors(kernel, arguments, {})
+    written = written_by(*launched(CASES[name]), monkeypatch)
     wanted = {"out", "kept"} | ({"seen"} if CASES[name].observing else set())
-    assert {written.name for written in found.read_writes.writes} == wanted
+    assert written == wanted
 
 
 def test_compiled_layers_have_the_kernels_in_one_graph(monkeypatch):
     """Traced without a GPU: shapes and dtypes are the golden function's, and what a range has seen is written."""
-    import triton
     from torch._dynamo.backends.common import aot_autograd
-    from triton.backends.compiler import GPUTarget
 
     from transforms.kernels import convert
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
 
     graphs = []
 
@@ -455,7 +431,7 @@ def test_compiled_layers_have_the_kernels_in_one_graph(monkeypatch):
         outputs = [node.meta["val"] for node in graph.graph.output_node().args[0]]
         return make_boxed_func(lambda *inputs: [torch.zeros(tuple(o.shape), dtype=o.dtype) for o in outputs])
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    pretend_hopper(monkeypatch)
     monkeypatch.setattr(product, "kernels", convert, raising=False)
     case = CASES["noise, strength"]
     code = replace(case.code(), tile=64, weight=Scaling("tensor", of_weight=True))

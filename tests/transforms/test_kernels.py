@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper import compile_for_hopper, written_by
 
 from transforms.bitflip import BitflipCode, bit_probabilities, golden
 from transforms.noise import philox_4x32
@@ -335,10 +336,6 @@ def launched(case: Case):
 
 def compile_ahead(case: Case, changes: dict):
     """The kernel of a case compiled for compute capability 9.0."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel, arguments = launched(case)
     arguments["PULL"] = False
     constants = {name: arguments[name] for name in kernel.arg_names if name.isupper()}
@@ -350,8 +347,7 @@ def compile_ahead(case: Case, changes: dict):
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in (*tensors, "width")
     }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+    return compile_for_hopper(kernel, signature, constants, aligned, arguments["num_warps"])
 
 
 LATER = (
@@ -402,22 +398,8 @@ def test_a_thread_draws_the_words_of_one_chunk(name, tmp_path, monkeypatch):
 )
 def test_compiled_code_sees_that_only_the_output_is_written(name, changes, monkeypatch):
     """torch.compile copies what it believes a kernel writes; it must not believe so of the context or the value."""
-    import triton
-    from torch._higher_order_ops import triton_kernel_wrap
-    from triton.backends.compiler import GPUTarget
-
-    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
-        pytest.skip("this torch analyses kernels by another function")
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
     kernel, arguments = launched(CASES[name])
-    del arguments["num_warps"]
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    found = triton_kernel_wrap.identify_accessed_tensors(kernel, {**arguments, **changes}, {})
-    assert [written.name for written in found.read_writes.writes] == ["out"]
+    assert written_by(kernel, {**arguments, **changes}, monkeypatch) == {"out"}
 
 
 @pytest.mark.gpu

@@ -113,6 +113,17 @@ def lsq(value: Tensor, step: Tensor, largest: int, elements: int) -> Tensor:
     return pass_through(scaled, scaled.round()) * step
 
 
+def compare(layer, x, w, expected, own_x, own_w) -> None:
+    """A layer's output and gradients with what autograd made of its formula."""
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    grad = random_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, own_x.grad)
+    torch.testing.assert_close(w.grad, own_w.grad)
+
+
 @pytest.mark.parametrize("shrunk", [1.0, 0.4])
 def test_learned_ranges_have_the_gradient_of_learned_step_size_quantisation(shrunk):
     """By the chain rule from the step s to log r: the gradient times s. `shrunk` ranges clip more."""
@@ -126,13 +137,7 @@ def test_learned_ranges_have_the_gradient_of_learned_step_size_quantisation(shru
     steps = [(learned.in_use / 7).requires_grad_() for learned in (of_w, of_x)]
     own_x, own_w = x.detach().requires_grad_(), w.detach().requires_grad_()
     expected = F.linear(lsq(own_x, steps[1], 7, IN), lsq(own_w, steps[0], 7, IN * OUT))
-    y = layer(x)
-    torch.testing.assert_close(y, expected)
-    grad = random_like(y)
-    y.backward(grad)
-    expected.backward(grad)
-    torch.testing.assert_close(x.grad, own_x.grad)
-    torch.testing.assert_close(w.grad, own_w.grad)
+    compare(layer, x, w, expected, own_x, own_w)
     for learned, step in zip((of_w, of_x), steps, strict=True):
         torch.testing.assert_close(learned.log_range.grad, step.grad * step.detach(), rtol=1e-4, atol=1e-6)
 
@@ -153,13 +158,7 @@ def test_bitnet_is_its_recipe_under_autograd():
     token = normed.detach().abs().amax(-1, keepdim=True) / 127
     mean = own_w.detach().abs().mean()
     expected = F.linear(pass_through(normed, rounded(normed, token, 127)), pass_through(own_w, rounded(own_w, mean, 1)))
-    y = layer(x)
-    torch.testing.assert_close(y, expected)
-    grad = random_like(y)
-    y.backward(grad)
-    expected.backward(grad)
-    torch.testing.assert_close(x.grad, own_x.grad)
-    torch.testing.assert_close(w.grad, own_w.grad)
+    compare(layer, x, w, expected, own_x, own_w)
 
 
 @pytest.mark.parametrize("name", ["int4", "e2m1", "mxfp4", "nvfp4", "fp8_e4m3"])

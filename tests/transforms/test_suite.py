@@ -7,8 +7,7 @@ import torch
 from devices import DEVICES, TOKENS, build, forward, gradients, saved_bytes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from parallel import mesh as meshes
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_device = pytest.mark.parametrize("device", list(DEVICES))
 
 
@@ -16,18 +15,6 @@ def fast_for(*fast: str):
     """Every device, those that are not named behind the marker of slow tests."""
     marked = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in DEVICES]
     return pytest.mark.parametrize("device", marked)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    mesh = meshes.start("cpu")
-    yield mesh
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 @every_device
@@ -110,8 +97,9 @@ def test_one_frame_for_all_layers_and_steps(mesh, tmp_path, text_corpus, monkeyp
 
 
 @fast_for("optical", "int8")
-def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device):
-    sizes = {"model__shape__dim": 512, "model__shape__ffn_dim": 1536, "warm_steps": 0}
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device, compiled):
+    sizes = {"model__shape__dim": 512, "model__shape__ffn_dim": 1536, "warm_steps": 0, "compile__enabled": compiled}
     clean = saved_bytes(*build(mesh, tmp_path, text_corpus, None, **sizes))
     noisy = saved_bytes(*build(mesh, tmp_path, text_corpus, device, **sizes))
     assert clean > 1e6, "something must be saved for the ratio to mean anything"
