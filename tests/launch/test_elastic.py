@@ -32,6 +32,12 @@ def starts(folder: Path, rank: int = 0) -> int:
     return sum(line.startswith("start") for line in lines(folder / str(rank)))
 
 
+def ready(folder: Path) -> None:
+    """Wait for both processes: a signal would kill one that has no handler yet."""
+    for rank in ("0", "1"):
+        wait_until(lambda rank=rank: lines(folder / rank)[-1:] == ["ready"], f"process {rank}")
+
+
 @pytest.mark.parametrize(
     ("plans", "code"),
     [
@@ -86,7 +92,7 @@ def test_signals_reach_every_process_each_time_they_come(start, tmp_path, number
 @pytest.mark.slow
 def test_a_save_may_take_longer_than_torch_would_wait(start, tmp_path):
     node = start("*:*:stop=35")
-    wait_until(lambda: lines(tmp_path / "1")[-1:] == ["ready"], "ready")
+    ready(tmp_path)
     node.signal(signal.SIGTERM)
     assert node.wait() == PREEMPTED, node.said()
     assert lines(tmp_path / "0")[-1] == lines(tmp_path / "1")[-1] == "saved"
@@ -96,8 +102,7 @@ def test_a_save_may_take_longer_than_torch_would_wait(start, tmp_path):
 def test_one_process_may_save_long_after_another_has_left(start, tmp_path):
     """As an upload of process 0 does: the first exit must not end the others."""
     node = start("0:*:stop=3", "1:*:stop")
-    for rank in ("0", "1"):
-        wait_until(lambda rank=rank: lines(tmp_path / rank)[-1:] == ["ready"], "ready")
+    ready(tmp_path)
     node.signal(signal.SIGUSR1)
     assert node.wait() == PREEMPTED, node.said()
     assert lines(tmp_path / "0")[-2:] == ["SIGUSR1", "saved"]
@@ -106,8 +111,7 @@ def test_one_process_may_save_long_after_another_has_left(start, tmp_path):
 @pytest.mark.slow
 def test_a_signal_while_processes_start_counts_as_preempted(start, tmp_path):
     node = start("*:*:deaf", options=rendezvous(1, restarts=3))
-    for rank in ("0", "1"):
-        wait_until(lambda rank=rank: lines(tmp_path / rank)[-1:] == ["ready"], "ready")
+    ready(tmp_path)
     node.signal(signal.SIGUSR1)
     assert node.wait() == PREEMPTED, node.said()
     assert starts(tmp_path) == 1
@@ -136,9 +140,7 @@ def test_a_signal_after_the_end_does_not_change_the_code(tmp_path):
 def test_a_process_that_dies_after_the_signal_is_not_started_again(start, tmp_path):
     """Its machine is about to be taken away: the scheduler starts the run again."""
     node = start("0:*:hang", "1:*:deaf", options=rendezvous(1, restarts=3))
-    wait_until(lambda: lines(tmp_path / "1")[-1:] == ["ready"], "ready")
-    wait_until(lambda: lines(tmp_path / "0"), "process 0")
-    time.sleep(0.5)  # until it ignores SIGTERM
+    ready(tmp_path)
     node.signal(signal.SIGTERM)  # process 1 dies of it, process 0 never ends by itself
     assert node.wait() != 0, node.said()
     assert starts(tmp_path) == 1
