@@ -22,7 +22,7 @@ from evals.text import Protocol, evaluate_text
 from train.config_sources import ConfigError, Problem, Sources, read_sources, validate
 from train.export import PROVENANCE, RANGES, is_run_or_checkpoint, open_trained
 from transforms.apply import TransformError, table
-from transforms.specs import Hardware, LoraSpec
+from transforms.specs import Hardware, LoraSpec, adds_norms
 
 OF_THE_RUN = "run"
 """The word that stands for the transforms a model was trained with."""
@@ -42,6 +42,8 @@ class TransformList:
     """Seed of the noise where the command line gives none."""
     ranges: dict[str, Tensor] | None = None
     """Of converters, by name; None where they are not known."""
+    ranges_file: str = ""
+    """Where those of a calibration are from."""
     trained: bool = False
     """Whether the model was trained under them: what they add to it, such as norms, is then no hardware."""
 
@@ -57,7 +59,11 @@ class TransformList:
                 f"{model.name} holds packed weights, which transforms cannot act on: name the model that it was made from"
             )
         with self.blamed():
-            return NoisyModel(model.model, self.specs, self.seed if seed is None else seed, self.ranges, self.trained)
+            noisy = NoisyModel(model.model, self.specs, self.seed if seed is None else seed, self.ranges, self.trained)
+        if self.ranges_file and not noisy.noise.ranges:
+            noisy.detach()
+            raise ValueError(f"--ranges {self.ranges_file}: these transforms have no ranges, leave it out")
+        return noisy
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -66,8 +72,8 @@ class TransformList:
             yield
         except TransformError as error:
             spec, origin = self.specs[error.index], self.origins[error.index]
-            key = f"transforms.{error.index}.modules"
-            raise ConfigError([Problem(str(error), key, spec.modules or None, origin)]) from error
+            value = (spec.modules or None) if error.setting.endswith("modules") else None
+            raise ConfigError([Problem(str(error), error.setting, value, origin)]) from error
 
     def record(self) -> list[dict[str, Any]]:
         return [spec.model_dump(exclude_none=True) for spec in self.specs]
@@ -85,7 +91,7 @@ def read_transforms(names: Sequence[str], model: str, ranges: str | None = None)
         ConfigError: with every problem of the files; ValueError: the model was trained without hardware effects.
     """
     if ranges is not None:
-        return replace(read_transforms(names, model), ranges=read_ranges(Path(ranges)))
+        return replace(read_transforms(names, model), ranges=read_ranges(Path(ranges)), ranges_file=ranges)
     if list(names) == [OF_THE_RUN]:
         return _trained_with(model)
     sources = read_sources(names, [])
@@ -146,6 +152,17 @@ def _trained_with(model: str) -> TransformList:
     if not found.specs:
         raise ValueError(f"--transforms {OF_THE_RUN}: {model} was trained without hardware effects")
     return found
+
+
+def norms_left_out(model: str) -> bool:
+    """Whether a run, or an export of its plain weights, was trained with norms that it has under its own transforms only."""
+    config = Path(model) / "config.json"
+    if config.is_file() and "quantization_config" in config.read_text(encoding="utf-8"):
+        return False  # packed: the norms are in it
+    try:
+        return adds_norms(_trained_with(model).specs)
+    except (ValueError, ConfigError):
+        return False  # no run of ours
 
 
 @dataclass(frozen=True)
@@ -245,6 +262,8 @@ def record(transforms: TransformList, trials: Trials, noisy: NoisyModel, batch_s
     """What a result says of the hardware it was measured on."""
     found = {"transforms": transforms.record(), "table": list(table(noisy.noise)), "mode": trials.mode}
     found["noise_seed"] = noisy.noise.seed
+    if transforms.ranges_file:
+        found["ranges"] = transforms.ranges_file
     if trials.mode == "clean":
         return found
     found["chips"] = trials.chips if noisy.noise.random else 1

@@ -151,7 +151,8 @@ class NoisyModel:
         missing = sorted(own.keys() - ranges.keys())
         if missing:
             raise ValueError(
-                f"no range for {missing[0]} and {len(missing) - 1} more: these ranges are of another model or other transforms"
+                f"no range for {missing[0]} and {len(missing) - 1} more: these ranges are of another model, or of other "
+                "transforms or another order of them"
             )
         for name, tensor in own.items():
             tensor.copy_(ranges[name].view_as(tensor))
@@ -171,7 +172,7 @@ class NoisyModel:
         if not self.known:
             raise ValueError(
                 "the ranges of these transforms' converters are not known: fit them with newcompute calibrate, and name the "
-                "file with --ranges"
+                "file with --ranges; a model that was trained under them has its own with --transforms run"
             )
         self.noise.enter(phase)
         self._batch = batch

@@ -102,7 +102,7 @@ def chosen(layout: Layout, name: str) -> Layout:
 
 
 def _layout(spec: Any, index: int) -> Layout:
-    refused = TransformError(f"{_name(spec)} cannot be packed. What can: {PACKABLE}", index)
+    refused = TransformError(f"{_name(spec)} cannot be packed. What can: {PACKABLE}", index, setting="")
     if spec.kind != "quantise" or spec.weight is None or spec.attention is not None:
         raise refused
     if not _INTEGERS.fullmatch(spec.weight.format) or spec.weight.rounding != "nearest":
@@ -140,10 +140,11 @@ def packed_weight(name: str, layer: Any) -> PackedWeight:
     (effect,) = effects
     weight = layer.parametrizations.weight.original.detach().float()
     codes, scale = _codes(effect, weight)
-    if weight.shape[1] % scale.shape[1]:
+    block = effect.code.scaling.block
+    if block and weight.shape[1] % block:
         raise ValueError(
-            f"{name} has {weight.shape[1]} inputs, which its {scale.shape[1]} groups do not divide evenly: choose a "
-            "group_size that does, or leave the layer out (modules)"
+            f"{name} has {weight.shape[1]} inputs, which groups of {block} do not divide evenly: choose a group_size that "
+            "does, or leave the layer out (modules)"
         )
     packed = PackedWeight(codes, scale, effect.code.form.bits)
     rows, columns = packed.block

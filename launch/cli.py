@@ -38,8 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever reads, as in `| head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if isinstance(error, ConfigError) or _is_user_error(error):
             exit_with(_readable(error))
@@ -58,7 +61,7 @@ def _is_user_error(error: Exception) -> bool:
 
 def _readable(error: Exception) -> Exception:
     if isinstance(error, OSError) and error.strerror:
-        return OSError(f"{error.filename}: {error.strerror}")
+        return OSError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return error
 
 
@@ -163,7 +166,7 @@ def _calibrate_parser(commands: Any) -> None:
     _transforms_argument(parser, "[[transforms]] with tracked or learned ranges")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to read")
     parser.add_argument("--tokens", type=_positive, help="tokens of each file, from its beginning (default 16384)")
-    _forward_arguments(parser)
+    _forward_arguments(parser, batches=False)
     parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="file of ranges to write")
     parser.set_defaults(run=_calibrate)
 
@@ -196,7 +199,7 @@ def _noise_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-seed", type=_count, metavar="N", help="default: that of the file's [noise], else 1234")
 
 
-def _forward_arguments(parser: argparse.ArgumentParser) -> None:
+def _forward_arguments(parser: argparse.ArgumentParser, batches: bool = True) -> None:
     parser.add_argument(
         "--context", type=_positive, help="tokens per window (default: the model's context, at most 512)"
     )
@@ -207,7 +210,8 @@ def _forward_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="masked encoders: mask every K-th token at a time, in K passes (default 7)",
     )
-    parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
+    if batches:
+        parser.add_argument("--batch-size", type=_positive, default=8, help="windows or requests per forward")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     _trust_argument(parser)
@@ -319,6 +323,7 @@ def _export(options: argparse.Namespace) -> None:
 
     trained = open_trained(Path(options.source), options.step)
     export(trained, Path(options.out), options.dtype)
+    _warn_of_norms(options.out)
     print(f"{trained.checkpoint} -> {options.out}")
 
 
@@ -347,6 +352,8 @@ def _eval(options: argparse.Namespace) -> None:
 
     if options.out:
         _check_writable(Path(options.out))
+    if options.transforms != ["run"]:
+        _warn_of_norms(options.model)
     if options.transforms:
         result = _eval_under_transforms(options, texts)
     else:
@@ -375,8 +382,20 @@ def _calibrate(options: argparse.Namespace) -> None:
     noisy = transforms.attach(model)
     files = [Path(file) for file in options.text]
     ranges = calibrate(model, noisy, files, _protocol(options, model), options.tokens or DEFAULT_TOKENS)
-    save_file(ranges, out)
+    source = {"model": model.name, "transforms": transforms.record(), "text": options.text}
+    save_file(ranges, out, {name: json.dumps(value) for name, value in source.items()})
     print(f"{len(ranges)} ranges of {model.name} -> {out}")
+
+
+def _warn_of_norms(model: str) -> None:
+    from evals.chips import norms_left_out
+
+    if norms_left_out(model):
+        print(
+            f"newcompute: {model} was trained with norms before its linear layers (norm = true), which plain weights are "
+            "without: use --transforms run, or export --packed",
+            file=sys.stderr,
+        )
 
 
 def _check_writable(out: Path, option: str = "--out") -> None:
@@ -512,7 +531,8 @@ def _sweep(options: argparse.Namespace) -> None:
     found = sweep(model, transforms, Path(options.text), probabilities, trials, protocol, options.batch_size, seed)
     head = {"model": model.name, "text": options.text, "protocol": protocol_record(protocol)}
     out.write_text(json.dumps(head | found, indent=2) + "\n", encoding="utf-8")
-    draw({Path(options.transforms[0]).stem: found["points"]}, found["clean"], model.name, out.with_suffix(".png"))
+    label = ", ".join(Path(name).stem for name in options.transforms)
+    draw({label: found["points"]}, found["clean"], model.name, out.with_suffix(".png"))
     print(f"{out}, {out.with_suffix('.png')}")
 
 
@@ -520,6 +540,7 @@ def _generate(options: argparse.Namespace) -> None:
     from evals.generate import generate
     from evals.models import load_model
 
+    _warn_of_norms(options.model)
     model = load_model(options.model, options.device, trust_remote_code=options.trust_remote_code)
     print(generate(model, options.prompt, options.max_new_tokens, options.temperature, options.seed))
 

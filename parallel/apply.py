@@ -69,7 +69,7 @@ def apply(model: Llama, config: Config, mesh: Mesh) -> Parallel:
         try:
             noise = transforms.apply(model, config.transforms, config.noise_seed, config.noise.warmup_steps)
         except transforms.TransformError as error:
-            raise ValueError(f"transforms.{error.index}.modules: {error}") from error
+            raise ValueError(f"{error.setting}: {error}") from error
     if model.lm_head.chunk_tokens and any(
         getattr(model.lm_head, f"{place}_effects", ()) for place in ("input", "output")
     ):

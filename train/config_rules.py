@@ -161,7 +161,7 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
     import torch
 
     from models.llama import Llama
-    from transforms.apply import TransformError, match
+    from transforms.apply import TransformError, match, match_attention
 
     in_float8 = set()
     if config.float8.recipe != "none":
@@ -169,9 +169,18 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
 
     with torch.device("meta"):
         model = Llama(shape, context=1)
+    product_of: dict[str, int] = {}
     for i, spec in enumerate(config.transforms):
         try:
             names = [name for name, _ in match(model, spec, i)]
+            products = [name for name, _ in match_attention(model, spec, i)] + names * (spec.kind == "optical")
+            for name in [name for name in products if name in product_of][:1]:
+                yield Problem(
+                    f"transforms.{product_of[name]} has the product of {name} already: leave it out of one of the two",
+                    f"transforms.{i}.modules",
+                    spec.modules or None,
+                )
+            product_of |= dict.fromkeys(products, i)
             if config.training.loss_chunk_tokens and "lm_head" in names and _beside_weight(spec):
                 message = f"{HEAD_IN_CHUNKS}: leave it 0, or the head out of transforms.{i}.modules"
                 yield Problem(message, "training.loss_chunk_tokens", config.training.loss_chunk_tokens)
@@ -184,7 +193,7 @@ def _transforms(config: Config, shape: LlamaShape) -> Iterator[Problem]:
                     spec.modules or None,
                 )
         except TransformError as error:
-            yield Problem(str(error), f"transforms.{i}.modules", spec.modules or None)
+            yield Problem(str(error), error.setting, spec.modules or None)
     loras = [i for i, spec in enumerate(config.transforms) if spec.kind == "lora"]
     for i in loras[1:]:
         yield Problem("one table of adapters is enough: give its modules together", f"transforms.{i}.kind", "lora")

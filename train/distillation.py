@@ -35,6 +35,7 @@ from train.export import PROVENANCE, open_trained
 from train.model import build_model
 from train.run_folder import RunFolderError
 from train.tokenizer import Tokenizer
+from transforms.specs import adds_norms
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def find_teacher(
     if name.startswith("hf:"):
         folder = hf_folder(name.removeprefix("hf:"))
         found = TeacherFiles(folder, shape_from_hf(folder), is_checkpoint=False)
-        context, fingerprint = found.shape.max_context, _exported_from(folder)
+        noted = _noted(folder)
+        context, fingerprint = found.shape.max_context, noted.get("tokenizer", "")
+        has_norms = any(isinstance(one, dict) and one.get("norm") for one in noted.get("transforms", []))
     else:
         try:
             trained = open_trained(Path(name))
@@ -77,6 +80,12 @@ def find_teacher(
             )
         found = TeacherFiles(trained.checkpoint, trained.shape, is_checkpoint=True)
         context, fingerprint = trained.context, trained.commit.tokenizer
+        has_norms = adds_norms(trained.config.transforms)
+    if has_norms:
+        raise ValueError(
+            f'distillation.teacher = "{name}" was trained with norms before its layers (norm = true), which a teacher, being '
+            "clean, is without: choose one that was trained without them"
+        )
     if found.shape.vocab_size != shape.vocab_size:
         raise ValueError(
             f'distillation.teacher = "{name}" has a vocabulary of {found.shape.vocab_size} tokens, this run\'s model has '
@@ -172,8 +181,8 @@ def _load(parts: list[Any], files: TeacherFiles) -> None:
     load_into({name: parameter.detach() for name, parameter in parameters.items()}, files.path)
 
 
-def _exported_from(folder: Path) -> str:
-    """Fingerprint of the tokenizer, where a folder is an export that notes it; of others only the vocabulary is known."""
+def _noted(folder: Path) -> dict[str, Any]:
+    """What an export notes of where it comes from; of other folders nothing is known but the vocabulary."""
     file = folder / PROVENANCE
     noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return noted.get("tokenizer", "") if isinstance(noted, dict) else ""
+    return noted if isinstance(noted, dict) else {}

@@ -25,6 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPT = signal.SIGUSR2
 """What our own thread sends to the main thread, which would sleep through the others: they are blocked there."""
 END = b"\0"
+INTERVAL = 0.1
+"""Seconds between interrupts of the main thread: one that comes just before a call begins does not end it."""
 PATIENCE = 5.0
 """Seconds until a process that is to end at once, but sits in a call that Python cannot interrupt, is ended."""
 
@@ -48,6 +50,8 @@ class Signals:
         self.received: signal.Signals | None = None
         self.at_once = True
         """Whether to raise `Preempted` in the main thread, rather than leave it to the next agreement."""
+        self._left = threading.Event()
+        self._insisting: threading.Thread | None = None
         self._active = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Signals:
@@ -66,9 +70,12 @@ class Signals:
         if not self._active:
             return
         self.at_once = False
+        self._left.set()
         signal.set_wakeup_fd(self._old_wakeup)
         os.write(self._write, END)
         self._thread.join()
+        if self._insisting is not None:
+            self._insisting.join()  # before its interrupts would meet another handler
         for end in (self._read, self._write):
             os.close(end)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -86,16 +93,19 @@ class Signals:
             return  # whatever it began is under way
         self.received = signal.Signals(number)
         if self.at_once:
-            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
-            threading.Thread(target=self._insist, daemon=True, name="insist on the end").start()
+            self._insisting = threading.Thread(target=self._insist, daemon=True, name="insist on the end")
+            self._insisting.start()
         else:
             who = f"process {os.environ.get('RANK', 0)}: {self.received.name}"
             print(f"{who}: saving at the end of this step, then stopping", file=sys.stderr, flush=True)
 
     def _insist(self) -> None:
-        time.sleep(PATIENCE)
-        if self.at_once:
-            leave_at_once()
+        deadline = time.monotonic() + PATIENCE
+        while self.at_once:
+            if time.monotonic() > deadline:
+                leave_at_once()
+            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+            self._left.wait(INTERVAL)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.at_once:

@@ -71,7 +71,8 @@ def clipped_weights(parts: Sequence[nn.Module], noise: Noise | None) -> dict[str
     """The stored weights of the layers under hardware effects, or of all linear layers of the blocks, by their names."""
     layers = None
     if noise is not None:
-        layers = {layer for row in noise.applied if row.kind != "lora" for layer in row.layers}
+        # Effects on attention's products alone are on no weight.
+        layers = {layer for row in noise.applied if row.kind != "lora" for layer in row.layers} or None
     found, seen = {}, set()
     for part in parts:
         for name, parameter in part.named_parameters(remove_duplicate=False):

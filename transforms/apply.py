@@ -37,11 +37,12 @@ _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
 class TransformError(ValueError):
-    """A transform cannot be applied to this model; `index` is its place in the list."""
+    """A transform cannot be applied to this model; `index` is its place in the list, `setting` what of it is to blame."""
 
-    def __init__(self, message: str, index: int):
+    def __init__(self, message: str, index: int, setting: str = "modules"):
         super().__init__(message)
         self.index = index
+        self.setting = f"transforms.{index}.{setting}".rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,11 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
     for pattern in spec.modules:
         named = {name: module for name, module in modules.items() if name and name_pattern(pattern).fullmatch(name)}
         linear = {name: module for name, module in named.items() if _is_linear(module)}
-        if not named:
-            near = difflib.get_close_matches(pattern, [name for name, m in modules.items() if _is_linear(m)], 1, 0.3)
-            hint = f"; the nearest layer is {near[0]!r}" if near else ""
-            raise TransformError(f"{pattern!r} matches no layer{hint}", index)
         if not linear:
             kinds = ", ".join(sorted({type(module).__name__ for module in named.values()}))
-            raise TransformError(f"{pattern!r} matches no linear layer, only {kinds}", index)
+            what = f"no linear layer, only {kinds}" if named else "no layer"
+            hint = _nearest(pattern, [name for name, module in modules.items() if _is_linear(module)])
+            raise TransformError(f"{pattern!r} matches {what}{hint}", index)
         found |= linear
     for name, module in found.items():
         kind = _base(module)
@@ -139,6 +138,17 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
                 message = f"{name} shares its weight with another module: an adapter could not be merged into it"
                 raise TransformError(message, index)
     return list(found.items())
+
+
+def _nearest(pattern: str, layers: Sequence[str]) -> str:
+    """A hint at the layer whose name, or a part of it, is nearest to a pattern that matches none."""
+    parts: dict[str, str] = {}
+    for name in layers:
+        within = _NUMBERED.split(name)[-1]
+        for part in (within.rpartition(".")[2], within.partition(".")[0], within, name):
+            parts.setdefault(part, name)
+    near = difflib.get_close_matches(pattern.removeprefix("re:").strip("*.^$"), parts, 1, 0.5)
+    return f"; the nearest layer is {parts[near[0]]!r}" if near else ""
 
 
 def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:

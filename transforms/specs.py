@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,6 +15,9 @@ WIDTH = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "fp8_e4m3": 8,
 BLOCKS = {"mxfp8_e4m3": 32, "mxfp8_e5m2": 32, "mxfp6_e3m2": 32, "mxfp6_e2m3": 32, "mxfp4": 32, "nvfp4": 16}
 """Formats with a scale for each block of so many neighbours."""
 FORMAT = re.compile(rf"int[2-8]|ternary|fp8_e4m3|fp8_e5m2|e[1-7]m\d|{'|'.join(BLOCKS)}")
+
+DEFAULT_GROUP = 128
+"""Neighbours that share a scale, where groups do."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -90,6 +94,8 @@ class BitflipSpec(Layered):
                 raise ValueError(
                     f"{name}.bits has {len(faults.bits)} entries, {self.storage} has {WIDTH[self.storage]}"
                 )
+        if self.scale != "row" and WIDTH[self.storage] > 8:
+            raise ValueError(f"scale: {self.storage} stores values without a scale, leave it out")
         if self.fault == "stuck_at" and self.lifetime == "transient":
             raise ValueError('fault = "stuck_at" needs lifetime = "persistent": a cell that is stuck stays so')
         return self
@@ -115,7 +121,7 @@ class Quantised(Spec):
     """What shares a scale: a row (output channel, or token), the tensor (weights only), or a group of neighbours in a row;
     "none" takes values as they are; "tracked" and "learned" have a range per tensor that is the same for all tokens.
     Default: "row"; of ternary "tensor". Formats with scales of blocks have their own."""
-    group_size: Annotated[int, Field(gt=0)] = 128
+    group_size: Annotated[int, Field(gt=0)] = DEFAULT_GROUP
     """Neighbours that share a scale, with scale = "group"."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """stochastic: up or down at random, so that the mean is exact."""
@@ -135,6 +141,8 @@ class Quantised(Spec):
             raise ValueError(f"{self.format} has a scale for each block of {BLOCKS[self.format]}: leave scale out")
         if self.format == "ternary" and self.scale not in (None, "tensor"):
             raise ValueError("ternary has one scale, the mean magnitude of the tensor: leave scale out")
+        if self.group_size != DEFAULT_GROUP and self.scale != "group":
+            raise ValueError('group_size needs scale = "group"')
         return self
 
 
@@ -160,6 +168,8 @@ class QuantiseSpec(Layered):
     def _check(self) -> QuantiseSpec:
         if not (self.weight or self.input or self.attention):
             raise ValueError("give the format of at least one of weight, input and attention")
+        if self.norm and not (self.weight or self.input):
+            raise ValueError("norm is for the inputs of linear layers: give the format of weight or input")
         for name in ("input", "attention"):
             operand = getattr(self, name)
             if operand is not None and (operand.scale == "tensor" or operand.format == "ternary"):
@@ -209,6 +219,11 @@ class OpticalSpec(Layered):
 def matches(spec: Layered, name: str) -> bool:
     """Whether a transform's patterns take a layer of a block, by its Hugging Face name."""
     return not spec.modules or any(name_pattern(pattern).fullmatch(name) for pattern in spec.modules)
+
+
+def adds_norms(specs: Sequence[Layered]) -> bool:
+    """Whether a model that is trained under these transforms has norms that its plain weights are without."""
+    return any(isinstance(spec, QuantiseSpec) and spec.norm for spec in specs)
 
 
 def inputs_together(spec: Layered, in_features: int) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors import safe_open
 
 from evals.held_out_task import write_task
 from launch.cli import main
@@ -129,6 +130,56 @@ def test_every_preset_can_be_evaluated_and_trained():
         tables = load_config([str(preset)]).transforms
         if any(spec.kind != "lora" for spec in tables):
             assert read_transforms([str(preset)], "any").specs
+
+
+def test_ranges_are_calibrated_and_named_in_the_result(real_inputs, tmp_path, capsys):
+    table, ranges, text = tmp_path / "optical.toml", str(tmp_path / "ranges.safetensors"), tmp_path / "text.txt"
+    table.write_text('[[transforms]]\nkind = "optical"\nrounding = "nearest"\n')
+    text.write_text("Once upon a time there was a small dog. " * 20)
+    of = [
+        "--model",
+        str(real_inputs / "stories260K"),
+        "--transforms",
+        str(table),
+        "--text",
+        str(text),
+        "--device",
+        "cpu",
+    ]
+    assert "--transforms run" in refused(capsys, "eval", *of), "ranges are not known yet"
+    main(["calibrate", *of, "--out", ranges])
+    with safe_open(ranges, "pt") as file:
+        noted = {name: json.loads(value) for name, value in file.metadata().items()}
+    assert noted["text"] == [str(text)]
+    assert noted["transforms"][0]["kind"] == "optical"
+    result = evaluate(tmp_path, *of, "--ranges", ranges)
+    assert result["ranges"] == ranges
+    assert result["text"][str(text)]["perplexity"] == pytest.approx(
+        result["text"][str(text)]["perplexity_clean"], rel=0.2
+    )
+    two = ["--transforms", str(table), str(tmp_path / "bitflip.toml"), "--ranges", ranges]
+    (tmp_path / "bitflip.toml").write_text(PRESET)
+    assert evaluate(tmp_path, *of, *two)["ranges"] == ranges, "a transform behind changes no name"
+    assert "another order of them" in refused(capsys, "eval", *of, "--transforms", *two[2:0:-1], *two[3:])
+    assert "these transforms have no ranges" in refused(capsys, "eval", *of, "--transforms", two[2], *two[3:])
+
+
+def test_norms_that_plain_weights_are_without_are_told(run_here, tmp_path, capsys):
+    """A BitNet run that is taken for a plain model; not where it is evaluated as it was trained, or packed."""
+    spec = '{kind = "quantise", weight = {format = "ternary"}, input = {format = "int8"}, norm = true}'
+    run_here(training__stop_after=5, transforms=f"[{spec}]")
+    (tmp_path / "text.txt").write_text("for i in range(10):\n    print(i)\n" * 20)
+    run, out, text = str(tmp_path / "run"), str(tmp_path / "hf"), ["--text", str(tmp_path / "text.txt")]
+    told = "was trained with norms before its linear layers"
+    main(["export", "--run", run, "--out", str(tmp_path / "packed"), "--packed"])
+    for arguments, model in ((["--transforms", "run"], run), ([], str(tmp_path / "packed"))):
+        evaluate(tmp_path, "--model", model, *text, *arguments)
+        assert told not in capsys.readouterr().err
+    main(["export", "--run", run, "--out", out])
+    assert told in capsys.readouterr().err
+    for model in (run, out):
+        evaluate(tmp_path, "--model", model, *text)
+        assert told in capsys.readouterr().err
 
 
 BAD_FILES = {

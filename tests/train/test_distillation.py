@@ -358,6 +358,16 @@ def test_a_teacher_with_adapters(folder, text_corpus, exported):
     assert "has adapters beside its weights: export it" in refusal(folder, text_corpus, folder / "adapted")
 
 
+def test_a_teacher_with_norms(folder, text_corpus):
+    """They are part of it, and it would run without them."""
+    spec = '{ kind = "quantise", weight = { format = "ternary" }, norm = true }'
+    steps = {"training__steps": 1, "schedule__warmup_steps": 0, "checkpoint__interval": 1, "validation__interval": 0}
+    here(folder, text_corpus, "normed", transforms=f"[{spec}]", **steps)
+    export(open_trained(folder / "normed"), folder / "normed-hf")
+    for name in (folder / "normed", f"hf:{folder}/normed-hf"):
+        assert "was trained with norms before its layers" in refusal(folder, text_corpus, name)
+
+
 def test_a_teacher_that_is_no_llama(folder, text_corpus):
     other = folder / "gpt2"
     other.mkdir()

@@ -13,7 +13,7 @@ from train.config import RobustConfig
 from train.config_sources import ConfigError, load_config
 from train.weight_clipping import WeightClipping
 from transforms.apply import apply
-from transforms.specs import BitflipSpec, CellFaults
+from transforms.specs import BitflipSpec, CellFaults, Quantised, QuantiseSpec
 
 LIMIT = 1.5
 SHAPE = LlamaShape(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=80, vocab_size=128, max_context=8)
@@ -66,6 +66,12 @@ def test_with_effects_their_layers_are_clipped(model):
     wanted = expected(stored.detach().clone(), "row")
     clip()
     torch.testing.assert_close(stored.detach(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_effects_on_attention_alone_are_on_no_weight(model):
+    before = set(clipping(model).weights)
+    spec = QuantiseSpec(kind="quantise", attention=Quantised(format="int8"))
+    assert set(clipping(model, noise=apply(model, [spec], 0)).weights) == before
 
 
 def test_a_tied_head_is_clipped_once(model):
