@@ -140,12 +140,17 @@ def curve(run: Path) -> dict[tuple[int, bool], float]:
     return found
 
 
-@pytest.fixture
-def training(tmp_path, text_corpus):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def training(folder, text_corpus):
     """Flags of a run long enough to be interrupted, by name; its text is prepared."""
     changes = {"training__steps": 150, "checkpoint__interval": 10, "validation__interval": 50, "checkpoint__keep": 3}
-    run_python("launch/cli.py", "prepare", *tiny_flags(tmp_path, text_corpus, **changes))
-    return lambda name: tiny_flags(tmp_path, text_corpus, name, **changes)
+    run_python("launch/cli.py", "prepare", *tiny_flags(folder, text_corpus, **changes))
+    return lambda name: tiny_flags(folder, text_corpus, name, **changes)
 
 
 def reached(run: Path, step: int) -> bool:
@@ -157,17 +162,17 @@ def reached(run: Path, step: int) -> bool:
     return any(f'"step": {number},' in line for line in complete[-5:] for number in range(step, step + 60))
 
 
-@pytest.fixture
-def uninterrupted(tmp_path, training) -> dict[tuple[int, bool], float]:
+@pytest.fixture(scope="module")
+def uninterrupted(folder, training) -> dict[tuple[int, bool], float]:
     run_python("train/main.py", *training("straight"), processes=4)
-    return curve(tmp_path / "straight")
+    return curve(folder / "straight")
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterrupted, tmp_path):
+def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterrupted, folder):
     """The process is replaced within the job, the node by a requeue; the curve is the uninterrupted one."""
-    run = tmp_path / "run"
-    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("run"))
+    run = folder / "disturbed"
+    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("disturbed"))
     wait_until(lambda: reached(run, 15), "step 15")
     step = (slurm.folder / job / "step").read_text()
     workers = [pid for pid in slurm.standin.processes(f"{job}/{step}/0.") if is_worker(pid)]
@@ -183,11 +188,9 @@ def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterr
 
 
 @pytest.mark.slow
-def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(
-    slurm, training, uninterrupted, tmp_path
-):
-    run = tmp_path / "run"
-    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("run"))
+def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(slurm, training, uninterrupted, folder):
+    run = folder / "preempted"
+    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("preempted"))
     for start, step in ((1, 15), (2, 55)):
         wait_until(lambda step=step: reached(run, step), f"step {step}")
         slurm.signal(job)

@@ -391,7 +391,7 @@ def kill_and_resume(tmp_path: Path, corpus: Path, kills: int, seed: int) -> None
     assert f"resuming from {folder / f'step-{latest:08d}'}" in done.stdout
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_from_a_complete_step(run_here, tmp_path, text_corpus, kills):
     straight = run_here("straight", **killed_settings(kills), checkpoint__interval=0)
     kill_and_resume(tmp_path, text_corpus, kills, seed=kills)

@@ -180,7 +180,6 @@ AOT = {"compile__enabled": "true", "compile__backend": "aot_eager"}
     ("processes", "layout", "of_both"),
     [
         (1, {"training__micro_batch_size": 2, "activation_checkpointing__mode": "full"}, {}),
-        pytest.param(1, AOT, {}, marks=pytest.mark.slow),
         pytest.param(1, {"compile__enabled": "true"}, {}, marks=pytest.mark.slow),
         (2, {"parallel__shard": 2}, {}),
         pytest.param(
@@ -209,7 +208,6 @@ AOT = {"compile__enabled": "true", "compile__backend": "aot_eager"}
     ],
     ids=[
         "accumulated, recomputed",
-        "compiled",
         "compiled by Inductor",
         "FSDP 2",
         "FSDP 2 offloaded, resharded",

@@ -54,16 +54,18 @@ def test_noise_belongs_to_the_row_and_not_to_its_micro_batch(mesh, tmp_path, tex
     assert (both[1] - alone[0]).abs().gt(1e-4 * both.abs().max()).float().mean() < 0.02
 
 
-@fast_for("optical")
-@pytest.mark.parametrize(
-    ("checkpointing", "compiled"),
-    [
-        ("full", "false"),
-        pytest.param("selective", "false", marks=pytest.mark.slow),
-        pytest.param("none", "true", marks=pytest.mark.slow),
-        ("full", "true"),
-    ],
-)
+HOW = [("full", "false"), ("selective", "false"), ("none", "true"), ("full", "true")]
+RECOMPUTED_AND_COMPILED = ("optical", "learned", "bitflip")
+"""Devices for both at once: with the most state, and with the golden function that is compiled by itself."""
+RECOMPUTED = [
+    pytest.param(device, *how, marks=[] if device == "optical" and how[0] == "full" else pytest.mark.slow)
+    for device in DEVICES
+    for how in HOW
+    if how != ("full", "true") or device in RECOMPUTED_AND_COMPILED
+]
+
+
+@pytest.mark.parametrize(("device", "checkpointing", "compiled"), RECOMPUTED)
 def test_recomputation_and_compilation_change_no_gradient(mesh, tmp_path, text_corpus, device, checkpointing, compiled):
     changes = {"compile__backend": "aot_eager", "warm_steps": 1}
     expected, noise = build(mesh, tmp_path, text_corpus, device, **changes)
