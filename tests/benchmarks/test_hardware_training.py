@@ -110,6 +110,7 @@ def test_tiny_runs_are_recorded_and_not_made_again(tmp_path, text_corpus):
     assert "is of other settings" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_hardware_breaks_is_a_result(tmp_path, text_corpus, monkeypatch):
     monkeypatch.setitem(common.INLINE, "broken", 'kind = "bitflip"\nweight = { sign_exponent = 0.2 }\n')
     flags = [*TINY, "--data.paths", json.dumps([str(text_corpus / "corpus.txt")])]

@@ -187,6 +187,7 @@ def test_a_save_that_is_not_what_was_written_does_not_count(run_here, tmp_path, 
     assert list(committed_steps(tmp_path / "run" / "checkpoints")) == [5, 11, 15, 20]
 
 
+@pytest.mark.slow
 def test_checkpoints_behind_a_url(run_here):
     """Through fsspec, as on an object store: saved, thinned out, resumed, set aside, exported."""
     from upath import UPath

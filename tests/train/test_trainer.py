@@ -80,7 +80,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    "stops", [pytest.param((6,), marks=pytest.mark.slow, id="one resume"), pytest.param((3, 7), id="two resumes")]
+    "stops", [pytest.param((6,), id="one resume"), pytest.param((3, 7), marks=pytest.mark.slow, id="two resumes")]
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, stops):
     settings = {"training__steps": 10, "checkpoint__interval": 1}
@@ -131,14 +131,10 @@ def test_how_a_step_is_computed_does_not_change_it(run_here, plainly_computed, c
     assert changed == pytest.approx(plainly_computed[key], abs=2e-5)
 
 
-@pytest.mark.parametrize(
-    "counts",
-    [((4, 2), (2, 1)), pytest.param(((4, 2), (2, 1), (8, 4)), marks=pytest.mark.slow)],
-    ids=["two counts", "three counts"],
-)
-def test_models_of_several_head_counts_compile_in_one_process(run_here, counts):
+@pytest.mark.slow
+def test_models_of_several_head_counts_compile_in_one_process(run_here):
     """A sweep in one process: the compiler takes for variable what it has seen vary."""
-    for i, (heads, kv_heads) in enumerate(counts):
+    for i, (heads, kv_heads) in enumerate(((4, 2), (2, 1), (8, 4))):
         changes = {"model__shape__num_heads": heads, "model__shape__num_kv_heads": kv_heads}
         changes |= {"training__steps": 4, "checkpoint__interval": 0}
         compiled = run_here(f"compiled-{i}", compile__enabled="true", compile__backend="aot_eager", **changes)
@@ -230,6 +226,7 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved(run_here, tmp_pa
     assert not list((tmp_path / "run").glob("checkpoints/*/commit.json"))
 
 
+@pytest.mark.slow
 def test_a_streamed_run_resumes_exactly_and_only_at_its_size(run_here, quick_workers, tmp_path, text_corpus):
     stream = {"data__streaming": "true", "data__shuffle_window": 8, "training__steps": 9}
     straight = run_here("straight", **stream)
