@@ -175,7 +175,6 @@ class Watchdog:
             self.board = Board(store, self.mine, world_size, self.interval)
         self._seen_beats, self._last_look = 0, float("inf")
         self._first_step: int | None = None
-        self._steady = False
         self._watched_from, self._turns = 0.0, 0
         self._told = False
         self._leaving, self._stop = threading.Event(), threading.Event()
@@ -185,6 +184,7 @@ class Watchdog:
         """A sign of progress: this process now begins `phase` (one of faults.PHASES) of `step`, or goes on in it."""
         self.phase = phase
         if step is not None:
+            self._first_step = step if self.step is None else self._first_step
             self.step = step
         self.beats += 1
 
@@ -253,10 +253,9 @@ class Watchdog:
             mine.quiet += max(0.0, min(now - self._last_look, 2 * self.interval))
         self._last_look = now
         mine.phase, mine.step = self.phase, self.step
-        if mine.step is not None and not self._steady:
-            self._first_step = mine.step if self._first_step is None else self._first_step
-            self._steady = mine.step > self._first_step
-        mine.limit = self.faults.timeout if self._steady and mine.phase != "save" else self.faults.start_timeout
+        first = self._first_step  # noted by the loop, since several steps may pass between two looks
+        steady = first is not None and mine.step is not None and mine.step > first
+        mine.limit = self.faults.timeout if steady and mine.phase != "save" else self.faults.start_timeout
 
     def _consider(self, board: Board) -> None:
         """This process is quiet: raise the alarm once nobody else makes progress either."""

@@ -164,6 +164,7 @@ def test_ranges_are_calibrated_and_named_in_the_result(real_inputs, tmp_path, ca
     assert "these transforms have no ranges" in refused(capsys, "eval", *of, "--transforms", two[2], *two[3:])
 
 
+@pytest.mark.slow
 def test_norms_that_plain_weights_are_without_are_told(run_here, tmp_path, capsys):
     """A BitNet run that is taken for a plain model; not where it is evaluated as it was trained, or packed."""
     spec = '{kind = "quantise", weight = {format = "ternary"}, input = {format = "int8"}, norm = true}'
