@@ -4,10 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Processes of the quickstart; one thread each, so that they share the cores instead of fighting for them.
 PROCESSES ?= 2
-# Test processes, each of which starts up to four of one thread. Many slow tests wait (for a launcher, a time limit, a
-# process that is to die), so all of them take one more.
+# Test processes, each of which starts up to four of one thread.
 WORKERS ?= 2
-WORKERS_OF_ALL ?= 3
 
 .PHONY: train test test-all lint setup clean
 
@@ -26,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS_OF_ALL) --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transforms.effect import noted_places, saved
+from transforms.effect import after, made_again, noted_places, saved
 from transforms.operands import lane_numbers
 from transforms.product import Place, Product, ProductCode
 from transforms.quantise import Quantise, QuantiseCode, passing
@@ -129,8 +129,9 @@ class TransformedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
         q, k, v, mask, context, tokens, keys, *tensors = ctx.saved_tensors
-        if torch.compiler.is_compiling() and context is not None:
-            context = torch.ops.newcompute.after(context, grad)
+        if torch.compiler.is_compiling():
+            context = context if context is None else after(context, grad)
+            q, k, v = (made_again(operand, grad) for operand in (q, k, v))
         own, place = plan.split(tensors), (context, tokens)
         exact = (q, k, v)
         (q, pull_q), (k, pull_k), (v, pull_v) = (

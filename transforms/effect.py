@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,22 @@ from transforms.context import Noise
 from transforms.noise import stream_key
 from transforms.ranges import Range
 
+_library = torch.library.Library("newcompute", "DEF")
+_library.define("after(Tensor context, Tensor other) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("after", lambda context, other: context.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("newcompute::after", lambda context, other: torch.empty_like(context), lib=_library)
+
+
+def after(small: Tensor, grad: Tensor) -> Tensor:
+    """A copy that does not exist before the gradient, as far as the compiler knows."""
+    return torch.ops.newcompute.after(small, grad)
+
+
+def made_again(value: Tensor, grad: Tensor) -> Tensor:
+    """An operand as it is, in compiled backwards: what is made from it there is not what the forward made, and so is not
+    kept from there. A product with a one that comes `after` the gradient: exact, and no pass of its own."""
+    return value * after(torch.ones((), dtype=value.dtype, device=value.device), grad)
+
 
 class Code(ABC):
     """The pure functions of an effect on one operand, and all that compiled code may depend on: equal codes share
@@ -20,6 +36,9 @@ class Code(ABC):
 
     `own` are the effect's own tensors, as many as its module's `tensors`; `place` the context and the tokens.
     """
+
+    hoistable: ClassVar[bool] = True
+    """Whether a part of what it computes needs no random numbers, so that a compiler could keep it from the forward."""
 
     def forward(self, value: Tensor, *rest: Any) -> Tensor:
         """What becomes of a value: `rest` are `own` and `place`."""

@@ -22,16 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transforms.effect import Code, Slots, saved
+from transforms.effect import Code, Slots, after, made_again, saved
 from transforms.product import Place, ProductCode, pack, unpack
 from transforms.quantise import passing
 
 Tensors: TypeAlias = Sequence[Tensor]
-
-_library = torch.library.Library("newcompute", "DEF")
-_library.define("after(Tensor context, Tensor other) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("after", lambda context, other: context.clone(), "CompositeExplicitAutograd")
-torch.library.register_fake("newcompute::after", lambda context, other: torch.empty_like(context), lib=_library)
 
 
 @dataclass(frozen=True)
@@ -119,10 +114,11 @@ class TransformedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
         x, weight, context, tokens, kept, *tensors = ctx.saved_tensors
-        if torch.compiler.is_compiling() and context is not None:
-            context = torch.ops.newcompute.after(context, grad)
-            after = torch.ops.newcompute.after
+        if torch.compiler.is_compiling():
+            context = context if context is None else after(context, grad)
             tensors = [after(t, grad) if t is not None and t.requires_grad else t for t in tensors]
+            weight = made_again(weight, grad) if any(code.hoistable for code in plan.weight) else weight
+            x = made_again(x, grad) if any(code.hoistable for code in plan.input) else x
         of_weight, of_input, of_product = plan.split(tensors)
         place = (context, tokens)
         weight_stays, input_stays = plan.stays or (None, None)

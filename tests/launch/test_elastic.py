@@ -52,7 +52,8 @@ def ready(folder: Path) -> None:
 def test_codes_that_a_restart_cannot_cure_come_through_at_once(start, tmp_path, plans, code):
     node = start(*plans, options=rendezvous(1, restarts=2))
     assert node.wait() == code, node.said()
-    assert starts(tmp_path, 0) == starts(tmp_path, 1) == 1
+    # One may have been stopped before it could note its start.
+    assert max(starts(tmp_path, 0), starts(tmp_path, 1)) == 1
     told = [plan for plan in plans if "tell" in plan]
     for plan in told:
         assert node.said().count(f"code {plan[-1]}") == 1, "each message is printed once, whoever met it"
