@@ -65,7 +65,7 @@ def find_teacher(
         found = TeacherFiles(folder, shape_from_hf(folder), is_checkpoint=False)
         noted = _noted(folder)
         context, fingerprint = found.shape.max_context, noted.get("tokenizer", "")
-        has_norms = any(isinstance(one, dict) and one.get("norm") for one in noted.get("transforms", []))
+        has_norms = adds_norms(noted.get("transforms", []))
     else:
         try:
             trained = open_trained(Path(name))

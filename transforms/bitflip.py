@@ -68,7 +68,7 @@ def bit_probabilities(storage: str, sign_exponent: float, mantissa: float, bits:
 class BitflipCode(Code, Operand):
     """All of a bitflip effect that compiled code depends on; keys and probabilities are in its table, a tensor."""
 
-    hoistable = False
+    hoistable = False  # all of it depends on the context
     law: Law
     storage: str
     of_weight: bool

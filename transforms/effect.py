@@ -26,7 +26,7 @@ def after(small: Tensor, grad: Tensor) -> Tensor:
 
 def made_again(value: Tensor, grad: Tensor) -> Tensor:
     """An operand as it is, in compiled backwards: what is made from it there is not what the forward made, and so is not
-    kept from there. A product with a one that comes `after` the gradient: exact, and no pass of its own."""
+    kept from there. A product with a one that comes `after` the gradient: exact, and fused with a rounding that reads it."""
     return value * after(torch.ones((), dtype=value.dtype, device=value.device), grad)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -221,9 +221,9 @@ def matches(spec: Layered, name: str) -> bool:
     return not spec.modules or any(name_pattern(pattern).fullmatch(name) for pattern in spec.modules)
 
 
-def adds_norms(specs: Sequence[Layered]) -> bool:
-    """Whether a model that is trained under these transforms has norms that its plain weights are without."""
-    return any(isinstance(spec, QuantiseSpec) and spec.norm for spec in specs)
+def adds_norms(specs: Sequence[Layered | Mapping[str, object]]) -> bool:
+    """Whether a model that is trained under these transforms, or tables of them, has norms that its plain weights are without."""
+    return any(spec.get("norm") if isinstance(spec, Mapping) else getattr(spec, "norm", False) for spec in specs)
 
 
 def inputs_together(spec: Layered, in_features: int) -> tuple[int, str]:
