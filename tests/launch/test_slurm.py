@@ -190,7 +190,7 @@ def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterr
 @pytest.mark.slow
 def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(slurm, training, uninterrupted, folder):
     run = folder / "preempted"
-    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("preempted"))
+    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("preempted"), PREFLIGHT="0")
     for start, step in ((1, 15), (2, 55)):
         wait_until(lambda step=step: reached(run, step), f"step {step}")
         slurm.signal(job)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support import fork_python, losses, quietly, read_metrics, run_python, tiny_flags
+from support import fork_python, losses, quietly, read_metrics, tiny_flags
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -321,7 +321,7 @@ def test_muon_orthogonalises_whole_matrices_on_any_layout(tmp_path):
     """Replicas, tensor-parallel rows and columns, uneven shards: within 2.2% (measured) of one process's update."""
     script = tmp_path / "layouts.py"
     script.write_text(MUON_LAYOUTS.replace("LIMIT", "0.04"))
-    run_python(str(script), processes=4)
+    fork_python(tmp_path, str(script), processes=4)
 
 
 # Moments of few bits

@@ -102,7 +102,7 @@ def test_one_frame_for_all_layers_and_steps(mesh, tmp_path, text_corpus, monkeyp
 @pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_bytes_saved_for_the_backward(mesh, tmp_path, text_corpus, device, compiled):
     sizes = {
-        "model__shape__dim": 512, "model__shape__ffn_dim": 1536, "warm_steps": 0,
+        "model__shape__dim": 256, "model__shape__ffn_dim": 768, "warm_steps": 0,
         "compile__enabled": compiled, "compile__backend": "aot_eager",
     }  # fmt: skip
     clean = saved_bytes(*build(mesh, tmp_path, text_corpus, None, **sizes))
