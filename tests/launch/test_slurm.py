@@ -169,8 +169,10 @@ def uninterrupted(folder, training) -> dict[tuple[int, bool], float]:
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterrupted, folder):
-    """The process is replaced within the job, the node by a requeue; the curve is the uninterrupted one."""
+def test_a_run_that_loses_a_process_and_a_node_and_is_preempted_twice_has_the_uninterrupted_curve(
+    slurm, training, uninterrupted, folder
+):
+    """The process is replaced within the job; after a preemption and for a lost node the job is requeued."""
     run = folder / "disturbed"
     job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("disturbed"))
     wait_until(lambda: reached(run, 15), "step 15")
@@ -179,26 +181,15 @@ def test_a_run_survives_a_dead_process_and_a_lost_node(slurm, training, uninterr
     subprocess.run(["kill", "-9", str(workers[-1])], check=True)
     wait_until(lambda: "starting again from the latest checkpoint" in slurm.log(job), "restart")
     wait_until(lambda: slurm.log(job).count("resuming from") == 1, "resumed")
-    wait_until(lambda: reached(run, 60), "step 60")
-    slurm.kill_node(job, 1)
-    record = slurm.wait(job)
-    assert (record["state"], record["starts"]) == ("COMPLETED", 2), slurm.log(job)
-    assert slurm.log(job).count("pre-flight check") == 2
-    assert curve(run) == uninterrupted
-
-
-@pytest.mark.slow
-def test_a_run_preempted_twice_and_with_a_lost_node_has_the_uninterrupted_curve(slurm, training, uninterrupted, folder):
-    run = folder / "preempted"
-    job = slurm.sbatch(*NODES, "launch/slurm.sh", *training("preempted"), PREFLIGHT="0")
-    for start, step in ((1, 15), (2, 55)):
+    for start, step in ((1, 40), (2, 70)):
         wait_until(lambda step=step: reached(run, step), f"step {step}")
         slurm.signal(job)
         wait_until(lambda start=start: slurm.read(job)["starts"] == start + 1, "requeue")
-    wait_until(lambda: reached(run, 95), "step 95")
+    wait_until(lambda: reached(run, 100), "step 100")
     slurm.kill_node(job, 1)
     record = slurm.wait(job)
     assert (record["state"], record["starts"]) == ("COMPLETED", 4), slurm.log(job)
+    assert slurm.log(job).count("pre-flight check") == 4
     reasons = (ROOT / f"slurm-{job}.requeues").read_text().splitlines()
     assert [reason.split(": ")[1].split()[0] for reason in reasons] == ["preempted", "preempted", "failed"]
     assert curve(run) == uninterrupted

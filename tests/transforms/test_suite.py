@@ -54,48 +54,56 @@ def test_noise_belongs_to_the_row_and_not_to_its_micro_batch(mesh, tmp_path, tex
     assert (both[1] - alone[0]).abs().gt(1e-4 * both.abs().max()).float().mean() < 0.02
 
 
-HOW = [("full", "false"), ("selective", "false"), ("none", "true"), ("full", "true")]
 RECOMPUTED_AND_COMPILED = ("optical", "learned", "bitflip")
 """Devices for both at once: with the most state, and with the golden function that is compiled by itself."""
 RECOMPUTED = [
-    pytest.param(device, *how, marks=[] if device == "optical" and how[0] == "full" else pytest.mark.slow)
+    pytest.param(device, *how, marks=[] if device == "optical" and how == ("full", "false") else pytest.mark.slow)
     for device in DEVICES
-    for how in HOW
+    for how in (("full", "false"), ("selective", "false"), ("full", "true"))
     if how != ("full", "true") or device in RECOMPUTED_AND_COMPILED
 ]
 
 
 @pytest.mark.parametrize(("device", "checkpointing", "compiled"), RECOMPUTED)
-def test_recomputation_and_compilation_change_no_gradient(mesh, tmp_path, text_corpus, device, checkpointing, compiled):
+def test_recomputation_changes_no_gradient(mesh, tmp_path, text_corpus, device, checkpointing, compiled):
     changes = {"compile__backend": "aot_eager", "warm_steps": 1}
     expected, noise = build(mesh, tmp_path, text_corpus, device, **changes)
     forward(expected, noise, 3, first=2).backward()
     changes |= {"activation_checkpointing__mode": checkpointing, "compile__enabled": compiled}
     model, again = build(mesh, tmp_path, text_corpus, device, **changes)
     forward(model, again, 3, first=2).backward()
-    for (name, want), (_, found) in zip(gradients(expected).items(), gradients(model).items(), strict=True):
-        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    ranges = [[r.seen for r in n.ranges.values()] for n in (noise, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*ranges, strict=True)), "recomputation or compilation lost a range"
+    check_same(expected, noise, model, again)
 
 
 @fast_for("optical")
-def test_one_frame_for_all_layers_and_steps(mesh, tmp_path, text_corpus, monkeypatch, device):
+def test_compilation_changes_no_gradient_and_needs_one_frame(mesh, tmp_path, text_corpus, monkeypatch, device):
+    """One frame for all blocks and one for the head, whatever the step, its rows and the strength of the effect."""
+    changes = {"model__shape__num_layers": 3, "noise__warmup_steps": 64}
+    expected, noise = build(mesh, tmp_path, text_corpus, device, **changes)
     counter = CompileCounterWithBackend("aot_eager")
     block_compile = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: block_compile(self, fullgraph=True, backend=counter)
     )
-    model, noise = build(
-        mesh, tmp_path, text_corpus, device, model__shape__num_layers=3, compile__enabled="true", noise__warmup_steps=64
-    )
-    forward(model, noise, 0).backward()
-    assert counter.frame_count == 2  # one for all blocks, one for the head
-    for step in range(1, 6):
-        noise.begin_step(step)
-        forward(model, noise, step, first=2 * (step % 3)).backward()
-        noise.end_step()
+    model, again = build(mesh, tmp_path, text_corpus, device, compile__enabled="true", **changes)
     assert counter.frame_count == 2
+    for step in (20, 40, 63):
+        for one, its_noise in ((expected, noise), (model, again)):
+            its_noise.begin_step(step)
+            forward(one, its_noise, step, first=2 * (step % 3)).backward()
+        check_same(expected, noise, model, again)
+        noise.end_step()
+        again.end_step()
+    assert counter.frame_count == 2
+
+
+def check_same(expected, noise, model, again):
+    """The gradients of two models, and the ranges that their devices have seen."""
+    for (name, want), (_, found) in zip(gradients(expected).items(), gradients(model).items(), strict=True):
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    lost = "recomputation or compilation lost a range"
+    for one, other in zip(noise.ranges.values(), again.ranges.values(), strict=True):
+        torch.testing.assert_close(other.seen, one.seen, atol=0, rtol=1e-6, msg=lost)
 
 
 @fast_for("optical", "int8")
