@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import WORKER, Slurm, lines, wait_until
-from support import ROOT, losses, read_metrics, run_python, tiny_flags
+from support import ROOT, fork_python, losses, read_metrics, run_python, tiny_flags
 
 NODES = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=1")
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -164,7 +164,7 @@ def reached(run: Path, step: int) -> bool:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, training) -> dict[tuple[int, bool], float]:
-    run_python("train/main.py", *training("straight"), processes=4)
+    fork_python(folder, "train/main.py", *training("straight"), processes=4)
     return curve(folder / "straight")
 
 
