@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(READY)
 	$(BIN)/ruff check .

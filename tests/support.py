@@ -40,12 +40,9 @@ def run_python(
 
 
 _FORKS = multiprocessing.get_context("forkserver")
-# Imports (3 s for each of several processes that share two cores) are paid once. Nothing of the project is among them:
-# this process would find an installed copy of it before the checkout.
-_FORKS.set_forkserver_preload([
-    "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torchdata.stateful_dataloader", "pydantic", "tokenizers", "pyarrow.parquet", "rich.table",
-])  # fmt: skip
+# Imports (3 s for each of several processes that share two cores) are paid once. Tests that are started elsewhere than
+# in the root of the project do not have it on the server's path, and take longer.
+_FORKS.set_forkserver_preload(["tests.preload"])
 
 
 def fork_script(logs: Path, *arguments: str, **environment: str) -> BaseProcess:
