@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -40,15 +41,15 @@ def run_python(
 
 
 _FORKS = multiprocessing.get_context("forkserver")
-# Imports (3 s for each of several processes that share two cores) are paid once. Tests that are started elsewhere than
-# in the root of the project do not have it on the server's path, and take longer.
+# Imports (3 s for each of several processes that share two cores) are paid once.
 _FORKS.set_forkserver_preload(["tests.preload"])
 
 
 def fork_script(logs: Path, *arguments: str, **environment: str) -> BaseProcess:
-    """Start a script in a process of its own that has torch imported already; it prints to `logs`.out and `logs`.err."""
+    """Start a script in a forked process that has torch and the project imported; it prints to `logs`.out and `logs`.err."""
     process = _FORKS.Process(target=_run_script, args=(str(logs), arguments, environment))
-    process.start()
+    with contextlib.chdir(ROOT):  # where the server, which the first start starts, finds what it imports
+        process.start()
     return process
 
 

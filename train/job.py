@@ -50,9 +50,9 @@ def run_job(config: Config) -> None:
     """Run a configuration to its end on this process.
 
     Raises:
-        JobError: with the exit code 1 (another process failed), 2 (cannot start), 3 (non-finite), 4 (checkpoint could not be
-            saved or loaded), 5 (an exchange with the other processes timed out) or 75 (asked to stop; the same command
-            goes on).
+        JobError: with the exit code 1 (another process, a disk or the network failed), 2 (cannot start), 3 (non-finite),
+            4 (checkpoint could not be saved or loaded), 5 (an exchange with the other processes timed out) or 75 (asked to
+            stop; the same command goes on).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -96,7 +96,9 @@ def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | Non
     except (ConfigError, DataError, RunFolderError, ValueError) as error:
         raise JobError(str(error), EXIT_SETUP) from error
     except OSError as error:
-        code = EXIT_OTHER if isinstance(error, ConnectionError | TimeoutError) else EXIT_SETUP
+        # A disk or a network that fails in the middle of training may be there again when the run is started again.
+        training = watchdog is not None and watchdog.step is not None
+        code = EXIT_OTHER if training or isinstance(error, ConnectionError | TimeoutError) else EXIT_SETUP
         raise JobError(f"{error.filename or folder.path}: {error.strerror or error}", code) from error
     except RuntimeError as error:
         if is_broken_exchange(error):

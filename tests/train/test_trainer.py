@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from models.llama import Llama
 from parallel.init import init_weights
 from train.config import named_shape
 from train.config_sources import load_config
-from train.data import open_data
+from train.data import CorpusRows, open_data
 from train.job import JobError
 from train.prepare import run_tokenizer
 
@@ -224,6 +226,24 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved(run_here, tmp_pa
     with pytest.raises(JobError, match="a weight or optimizer moment after step 1 is not finite"):
         run_here(optimizer__lr=1e39, schedule__warmup_steps=0, training__steps=1)
     assert not list((tmp_path / "run").glob("checkpoints/*/commit.json"))
+
+
+def test_a_disk_that_fails_while_the_run_trains_is_worth_another_start(run_here, tmp_path, monkeypatch):
+    """Code 1, which the launchers start again, and not 2: what cannot start at all."""
+    straight = run_here("straight")
+    read, left = CorpusRows.read, iter(range(8 * 12))  # the rows of twelve steps
+
+    def failing(self, i, out):
+        if next(left, None) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "shard-0.bin")
+        read(self, i, out)
+
+    monkeypatch.setattr(CorpusRows, "read", failing)
+    with pytest.raises(JobError, match=r"shard-0\.bin: Input/output error") as ended:
+        run_here()
+    assert ended.value.code == 1
+    monkeypatch.undo()
+    assert losses(run_here()) == losses(straight)
 
 
 @pytest.mark.slow
