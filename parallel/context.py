@@ -42,7 +42,7 @@ def split(model: Llama, mesh: Mesh) -> None:
 
 
 def columns_of(rank: int, size: int, length: int) -> Tensor:
-    """Columns of a row that device `rank` of `size` holds, (length / size,) int64, in order."""
+    """Columns of a row that device `rank` of `size` holds, (length / size,) int64, in order; 2 * size divides the length."""
     chunks = torch.arange(length).view(2 * size, -1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
@@ -81,9 +81,9 @@ class Sequences:
         self.bos_id = bos_id
         self.whole = mesh.context_size == 1
         self.always_positions = always_positions
-        columns = [columns_of(rank, mesh.context_size, length) for rank in range(mesh.context_size)]
-        if self.whole:
-            columns = [torch.arange(length)]
+        columns = [torch.arange(length)]  # of any length, where no device holds a part
+        if not self.whole:
+            columns = [columns_of(rank, mesh.context_size, length) for rank in range(mesh.context_size)]
         self.columns = columns[mesh.context_rank].to(mesh.device)
         """Columns of this device's tokens."""
         self.key_columns = torch.cat(columns).to(mesh.device)

@@ -316,11 +316,13 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
     if degrees.pipeline > 1:
         stages = degrees.pipeline * stages_per_device(config)
         if stages > shape.num_layers:
-            highest = shape.num_layers // stages_per_device(config)
+            each = stages_per_device(config)
+            highest = shape.num_layers // each
             remedy = f"the highest degree that fits: {highest}" if highest else "every stage needs a layer"
+            if each > 1 and degrees.pipeline <= shape.num_layers:
+                remedy += f'; pipeline_schedule = "1f1b", of one stage each, fits {degrees.pipeline} devices'
             yield Problem(
-                f"{stages} stages ({degrees.pipeline} devices x {stages_per_device(config)}) for {shape.num_layers} layers; "
-                f"{remedy}",
+                f"{stages} stages ({degrees.pipeline} devices x {each}) for {shape.num_layers} layers; {remedy}",
                 "parallel.pipeline",
                 parallel.pipeline,
             )

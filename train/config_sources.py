@@ -64,9 +64,9 @@ class Sources:
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, key: str) -> str:
-        """The source of a key, of something below it, or of the nearest table around it."""
-        below = (origin for name, origin in self.origins.items() if name.startswith(key + "."))
-        found = self.origins.get(key) or next(below, "")
+        """The source of a key, of all that is below it, or of the nearest table around it."""
+        below = dict.fromkeys(origin for name, origin in self.origins.items() if name.startswith(key + "."))
+        found = self.origins.get(key) or ", ".join(below)
         while key and not found:
             key = key.rpartition(".")[0]
             found = self.origins.get(key, "")

@@ -200,7 +200,10 @@ class Watchdog:
         self._leaving.set()
         self._stop.set()
         asked_to_stop = not isinstance(error, Exception) or getattr(error, "code", None) == EXIT_PREEMPTED
-        if error is None or asked_to_stop:
+        if isinstance(error, KeyboardInterrupt):  # Ctrl-C meets every process as a rule: none waits for the others
+            self._update()
+            self.mine.message, self.mine.state = "interrupted", ENDED
+        elif error is None or asked_to_stop:
             self.mine.state = DONE
         elif self.mine.state != HURT:
             self._announce(error)

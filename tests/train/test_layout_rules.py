@@ -55,7 +55,7 @@ def problems(world_size: int, **changes: object) -> list[str]:
         (
             4,
             {"parallel__pipeline": 4, "parallel__pipeline_schedule": "zbv"},
-            "8 stages (4 devices x 2) for 4 layers; the highest degree that fits: 2",
+            '8 stages (4 devices x 2) for 4 layers; the highest degree that fits: 2; pipeline_schedule = "1f1b"',
         ),
         (
             2,

@@ -52,9 +52,11 @@ def plain_training(flags: list[str]) -> list[float]:
     return found
 
 
-def test_losses_equal_a_plain_pytorch_loop(run_here, tmp_path, text_corpus):
-    ours = [row["loss"] for row in run_here(checkpoint__interval=0) if "loss" in row]
-    plain = plain_training(tiny_flags(tmp_path, text_corpus))
+@pytest.mark.parametrize("length", [64, 33])
+def test_losses_equal_a_plain_pytorch_loop(run_here, tmp_path, text_corpus, length):
+    rows = run_here(checkpoint__interval=0, training__sequence_length=length)
+    ours = [row["loss"] for row in rows if "loss" in row]
+    plain = plain_training(tiny_flags(tmp_path, text_corpus, training__sequence_length=length))
     assert ours[-1] < ours[0] - 0.5, "the model must learn, or the comparison says nothing"
     assert ours == pytest.approx(plain, abs=2e-5)
 
