@@ -48,8 +48,16 @@ def stop_on_signal(delay: float = 0.0, count: int = 1) -> None:
     leave(75, "stopped and saved")
 
 
+def all_have_started() -> bool:
+    files = [folder / str(other) for other in range(int(os.environ["WORLD_SIZE"]))]
+    return all(file.exists() and f"start {attempt}" in file.read_text().splitlines() for file in files)
+
+
 def act(action: str) -> None:
     name, _, value = action.partition("=")
+    if name in ("exit", "late", "kill"):  # the launcher then stops the others, wherever they are
+        while not all_have_started():
+            time.sleep(0.02)
     if name == "tell":  # a final code, with the same message on every process
         leave(int(value), f"code {value}")
     elif name == "after":  # the same, once another process has told its own
