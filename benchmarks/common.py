@@ -70,12 +70,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with a "+" where files differ from it; "" outside a repository."""
+    """The checked-out commit, with a "+" where files differ from it; outside a repository what COMMIT says, or ""."""
     described = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("COMMIT", "")
 
 
 def origin(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
@@ -87,8 +87,11 @@ def origin(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
 
 
 def write_json(result: dict[str, Any], file: Path) -> None:
+    """Write a result file; whoever reads it, at whatever moment, finds the old or the new one whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    scratch = file.with_suffix(".writing")
+    scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(file)
 
 
 def wikitext(data: Path) -> str:

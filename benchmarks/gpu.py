@@ -1,16 +1,19 @@
 """Tokens/s/GPU, MFU and peak memory of whole training steps on one GPU, and a short search for the best settings.
 
     python benchmarks/gpu.py [--models 60M,200M,... --minutes 9 --resume --markdown ...] [--training.micro_batch_size 8 ...]
-    python benchmarks/gpu.py --profile 60M            where the time of one step goes
+    python benchmarks/gpu.py --change cuda_graphs=true --models 60M     the best setting so far with a change
+    python benchmarks/gpu.py --profile 60M                              where the time of one step goes
 
 Each measurement is a process of its own (`gpu_step.py`), so that running out of memory or a crash ends that one alone,
 and is in the result file as soon as it is there: `--resume` goes on from the file. The order is that of importance, for
-the minutes may end at any point: 60M, 200M and 1.1B in bfloat16 with the most promising settings, one setting of each
-other model, the search, float8 where layers gain from it.
+the minutes may end at any point: 60M, 200M and 1.1B in bfloat16 with the most promising settings, their search, one
+setting of each other model, float8 where layers gain from it.
 
 The search climbs along one axis after the other (rows per micro-batch, CUDA graphs, ...), from the best setting so far
 through an ordered list of changes, and leaves an axis at the first change that is no faster. It finds no combination
 whose parts are each slower; a full grid of one model would take an hour of GPU time.
+
+Exit codes: 0, all is measured; 1, a measurement failed; 75, the minutes are over and `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,173 +37,29 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(ROOT), str(ROOT / "benchmarks"))]
 
-from models.sizes import SIZES, num_parameters  # noqa: E402
+from benchmarks.common import commit  # noqa: E402
+from benchmarks.gpu_models import DEFAULT_MODELS, MODELS, Setting  # noqa: E402
+from benchmarks.gpu_results import GIB, RECIPES, Results, config_lines, markdown, outcome, show_table  # noqa: E402
+from models.sizes import num_parameters  # noqa: E402
 
-GIB = 2**30
-RECIPES = ("tensorwise", "rowwise")
 STATE_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
 LEAST_SECONDS = 20  # of the budget that must be left to begin another measurement
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is searched over; everything else is the configuration's default."""
-
-    micro_batch_size: int
-    accumulation: int = 1
-    """Micro-batches per step."""
-    activation_checkpointing: str = "none"
-    loss_chunk_tokens: int = 0
-    cuda_graphs: bool = False
-    reshard_after_forward: bool = False
-    float8: str = "none"
-
-    def flags(self) -> dict[str, Any]:
-        """Keys of the configuration."""
-        return {
-            "training.micro_batch_size": self.micro_batch_size,
-            "training.global_batch_size": self.micro_batch_size * self.accumulation,
-            "training.loss_chunk_tokens": self.loss_chunk_tokens,
-            "activation_checkpointing.mode": self.activation_checkpointing,
-            "compile.cuda_graphs": str(self.cuda_graphs).lower(),
-            "parallel.reshard_after_forward": str(self.reshard_after_forward).lower(),
-            "float8.recipe": self.float8,
-        }
-
-    def __str__(self) -> str:
-        parts = [f"{self.micro_batch_size} rows x {self.accumulation}"]
-        if self.activation_checkpointing != "none":
-            parts.append(f"{self.activation_checkpointing} recomputation")
-        if self.loss_chunk_tokens:
-            parts.append(f"loss by {self.loss_chunk_tokens}")
-        parts += ["CUDA graphs"] * self.cuda_graphs + ["reshard"] * self.reshard_after_forward
-        return ", ".join(parts)
-
-
-Changes = tuple[dict[str, Any], ...]
-RECOMPUTATION: Changes = tuple({"activation_checkpointing": mode} for mode in ("budget", "selective", "full"))
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model, the setting to begin with, and the axes of its search."""
-
-    family: str
-    size: str
-    sequence_length: int
-    first: Setting
-    axes: tuple[Changes, ...] = ()
-    target: int = 0
-    """Tokens/s on one H100 to reach."""
-
-
-# First settings keep 50 to 70 GiB by the plan's estimate. The batch is the configuration's for 60M to 400M (96 rows);
-# the larger models take fewer micro-batches than theirs, so that ten steps take seconds.
-MODELS = {
-    "60M": Model(
-        "clm", "60M", 2048, Setting(48, 2), target=800_000,
-        axes=(
-            ({"micro_batch_size": 64}, {"micro_batch_size": 96, "accumulation": 1}),
-            ({"cuda_graphs": True},),
-            ({"accumulation": 4}, {"accumulation": 8}),
-            ({"loss_chunk_tokens": 8192},),
-            RECOMPUTATION,
-            ({"micro_batch_size": 32, "accumulation": 3}, {"micro_batch_size": 24, "accumulation": 4}),
-        ),
-    ),
-    "200M": Model(
-        "clm", "200M", 2048, Setting(24, 4), target=300_000,
-        axes=(
-            ({"micro_batch_size": 32, "accumulation": 3}, {"micro_batch_size": 48, "accumulation": 2}),
-            ({"cuda_graphs": True},),
-            ({"accumulation": 8},),
-            ({"loss_chunk_tokens": 8192},),
-            RECOMPUTATION,
-            ({"micro_batch_size": 16, "accumulation": 6}, {"micro_batch_size": 12, "accumulation": 8}),
-        ),
-    ),
-    "1.1B": Model(
-        "clm", "1.1B", 2048, Setting(8, 4), target=70_000,
-        axes=(
-            ({"micro_batch_size": 12}, {"micro_batch_size": 16}),
-            ({"cuda_graphs": True},),
-            ({"accumulation": 8},),
-            ({"loss_chunk_tokens": 8192},),
-            RECOMPUTATION,
-            ({"micro_batch_size": 4, "accumulation": 8},),
-        ),
-    ),
-    "400M": Model("clm", "400M", 2048, Setting(16, 6)),
-    "llama3-1B": Model("llama3", "1B", 8192, Setting(2, 4)),
-    "llama3-3B": Model("llama3", "3B", 8192, Setting(1, 4, "selective", 2048, reshard_after_forward=True)),
-    "llama3-8B": Model("llama3", "8B", 8192, Setting(1, 4, "full", 2048, reshard_after_forward=True)),
-    "debug": Model(
-        "clm", "debug", 128, Setting(4),
-        axes=(({"micro_batch_size": 8},), ({"accumulation": 2},), ({"loss_chunk_tokens": 256},)),
-    ),
-}  # fmt: skip
-DEFAULT_MODELS = [name for name in MODELS if name != "debug"]
+EXIT_FAILED, EXIT_UNFINISHED = 1, 75
 
 
 class OutOfTime(Exception):
     """The minutes are over."""
 
 
-class Results:
-    """The result file: the machine, and every measurement in the order in which it was made."""
-
-    def __init__(self, path: Path, machine: dict[str, Any], resume: bool):
-        self.path, self.content = path, machine | {"measurements": []}
-        if not path.exists():
-            return
-        if not resume:
-            raise SystemExit(f"{path} exists: --resume goes on with it, --out names another file")
-        held = json.loads(path.read_text(encoding="utf-8"))
-        old, new = ((c["device"], c["versions"]["torch"]) for c in (held, machine))
-        if old != new:
-            raise SystemExit(
-                f"{path} was measured on {old[0]} with torch {old[1]}, this is {new[0]} with torch {new[1]}"
-            )
-        self.content = held
-
-    @property
-    def measurements(self) -> list[dict[str, Any]]:
-        return self.content["measurements"]
-
-    def find(self, flags: list[str]) -> dict[str, Any] | None:
-        return next((row for row in self.measurements if row["flags"] == " ".join(flags)), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take in a measurement, mark the best ones anew, and write the file; half a file is never seen."""
-        self.content["measurements"] = [held for held in self.measurements if held["flags"] != row["flags"]] + [row]
-        self.content["best"] = self._best()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".writing")
-        scratch.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(self.path)
-
-    def best(self, model: str, float8: str = "none") -> dict[str, Any] | None:
-        """The fastest measurement of a model, by float8 recipe."""
-        rows = [r for r in self.measurements if r["model"] == model and r["setting"]["float8"] == float8]
-        rows = [row for row in rows if row["status"] == "measured"]
-        return max(rows, key=lambda row: row["tokens_per_second_per_gpu"], default=None)
-
-    def _best(self) -> list[dict[str, Any]]:
-        for row in self.measurements:
-            row.pop("best", None)
-        found = []
-        for name, model in MODELS.items():
-            for recipe in ("none", *RECIPES):
-                if (row := self.best(name, recipe)) is None:
-                    continue
-                row["best"] = True
-                entry = {key: row[key] for key in ("model", "precision", "flags", "tokens_per_second_per_gpu")}
-                # The targets are for one H100 of the SXM kind, the one that peaks at 989 TFLOP/s.
-                if model.target and "H100" in self.content["device"] and self.content.get("peak_flops") == 989e12:
-                    reached = row["tokens_per_second_per_gpu"] >= model.target
-                    entry |= {"target_tokens_per_second": model.target, "target_reached": "yes" if reached else "no"}
-                found.append(entry)
-        return found
+def query_gpu() -> tuple[str, int] | None:
+    """Name and bytes of the first GPU by its driver, or None without one; without torch, whose start takes seconds."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    name, _, mebibytes = done.stdout.partition("\n")[0].rpartition(", ")
+    return name, int(mebibytes) * 2**20
 
 
 class Campaign:
@@ -209,19 +68,18 @@ class Campaign:
     def __init__(self, options: argparse.Namespace, extra: list[str]):
         self.options, self.extra = options, extra
         self.deadline = time.monotonic() + 60 * options.minutes
-        machine = self.run_step({"kind": "describe", "device": options.device}, 120)[0]
-        if "device" not in machine:
-            raise SystemExit(machine["reason"])
-        self.on_gpu = machine.pop("device_type") == "cuda"
-        self.machine = {"date": datetime.now(UTC).date().isoformat(), "command": " ".join(sys.argv)} | machine
-        named = re.compile("PYTORCH_|TORCH|OMP_|NCCL_|CUDA_")
-        self.machine["environment"] = {key: v for key, v in self.environment().items() if named.match(key)}
-        slug = re.sub(r"\W+", "_", self.machine["device"]).lower() if self.on_gpu else "cpu"
+        gpu = None if options.device == "cpu" else query_gpu()
+        self.on_gpu = options.device == "cuda" or gpu is not None
+        self.device_memory = gpu[1] if gpu else None
+        slug = re.sub(r"\W+", "_", gpu[0]).lower() if gpu else "cpu"
         self.path = options.out or ROOT / "benchmarks" / "results" / f"gpu_{slug}.json"
-        self.longest = 0.0
-
-    def open(self) -> None:
-        self.results = Results(self.path, self.machine, self.options.resume)
+        named = re.compile("PYTORCH_|TORCH|OMP_|NCCL_|CUDA_")
+        self.origin = {
+            "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "command": " ".join(sys.argv),
+            "environment": {key: value for key, value in self.environment().items() if named.match(key)},
+        }  # fmt: skip
+        self.results = Results(self.path, extra, options.resume or bool(options.profile))
+        self.longest, self.failed = 0.0, False
 
     def flags(self, name: str, setting: Setting) -> list[str]:
         model = MODELS[name]
@@ -240,13 +98,16 @@ class Campaign:
         """
         flags = self.flags(name, setting)
         row = self.results.find(flags)
-        if row is None or row["status"] == "out of time":
+        if row is None or row["status"] in ("out of time", "failed"):
             row = {"model": name, "precision": self.precision(setting), "setting": asdict(setting)}
             row |= {"flags": " ".join(flags), "date": datetime.now(UTC).isoformat(timespec="seconds")}
             row |= self.refused(name, setting) or self.run_measurement(flags, setting)
             if "compute_dtype" in row and setting.float8 == "none":
                 row["precision"] = row["compute_dtype"]
+            if (machine := row.pop("machine", None)) is not None:
+                self.results.set_machine(self.origin | machine)
             self.results.add(row)
+            self.failed |= row["status"] == "failed"
             print(f"{name} {row['precision']}, {setting}: {outcome(row)}", flush=True)
             if row["status"] == "out of time":
                 raise OutOfTime
@@ -259,13 +120,16 @@ class Campaign:
 
     def refused(self, name: str, setting: Setting) -> dict[str, Any] | None:
         """Why a setting need not be tried, if so."""
-        model = MODELS[name]
-        shape = SIZES[model.family][model.size]
         if setting.float8 != "none" and not gains(name, setting.float8):
             return {"status": "skipped", "reason": "no layer gains from it (parallel/float8_layers.py)"}
-        held, there = STATE_BYTES * num_parameters(shape, padded=True), self.machine.get("device_memory_bytes")
-        if there and not self.extra and held > there:
+        if self.device_memory is None or self.extra:
+            return None
+        held, there = STATE_BYTES * num_parameters(MODELS[name].shape, padded=True), self.device_memory
+        if held > there:
             text = f"weights, gradients and moments alone are {held / GIB:.0f} GiB, the GPU has {there / GIB:.0f}"
+            return {"status": "skipped", "reason": text}
+        if (needed := planned_memory(self.flags(name, setting))) > there:
+            text = f"it needs {needed / GIB:.0f} GiB by the plan's estimate, the GPU has {there / GIB:.0f}"
             return {"status": "skipped", "reason": text}
         return None
 
@@ -274,7 +138,7 @@ class Campaign:
         if left < max(LEAST_SECONDS, 0.7 * self.longest):
             raise OutOfTime
         limit, begin = min(left, self.options.limit), time.monotonic()
-        request = {"kind": "measure", "flags": flags, "steps": self.options.steps}
+        request = {"flags": flags, "steps": self.options.steps}
         logs = {"TORCH_LOGS": "perf_hints"} if setting.cuda_graphs else {}  # says why a graph was not recorded
         answer, log = self.run_step(request, limit, **logs)
         if answer["status"] == "out of time" and limit == self.options.limit:
@@ -297,24 +161,24 @@ class Campaign:
         with tempfile.TemporaryDirectory() as folder:
             path, log = Path(folder) / "step.json", Path(folder) / "log"
             path.write_text(json.dumps(request), encoding="utf-8")
-            command = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), str(path)]
+            command, answer = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), str(path)], path.with_suffix(".answer")
             with open(log, "wb") as out:
                 # A group of its own, so that its compiler processes end with it; the session stays this one's.
                 process = subprocess.Popen(
                     command, cwd=ROOT, env=self.environment() | environment, stdin=subprocess.DEVNULL,
                     stdout=out, stderr=subprocess.STDOUT, process_group=0,
                 )  # fmt: skip
-                in_time = True
+                deadline = time.monotonic() + limit
                 try:
-                    process.wait(limit)
-                except subprocess.TimeoutExpired:
-                    in_time = False
+                    # The answer is all there is to wait for: taking NCCL and compiler processes down takes seconds more.
+                    while process.poll() is None and not answer.exists() and time.monotonic() < deadline:
+                        time.sleep(0.05)
+                    in_time = process.poll() is not None
                 finally:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             text = log.read_text(encoding="utf-8", errors="replace")
-            answer = path.with_suffix(".answer")
             if answer.exists():
                 return json.loads(answer.read_text(encoding="utf-8")), text
             if not in_time:
@@ -352,14 +216,36 @@ def ran_out_of_memory(campaign: Campaign, name: str, setting: Setting) -> bool:
 def measure_all(campaign: Campaign, options: argparse.Namespace) -> None:
     """Everything, in the order of importance."""
     names = [name for name in MODELS if name in options.models]
-    names.sort(key=lambda name: not MODELS[name].axes)  # those that are searched come first
-    climbs = [climb(campaign, name, options.search) for name in names]
-    while climbs:  # taking turns: first settings of all models, then a trial of each
+    searched = [name for name in names if options.search and MODELS[name].axes]
+    climbs = [climb(campaign, name, search=True) for name in searched]
+    while climbs:  # taking turns: first settings of these models, then a trial of each
         climbs = [one for one in climbs if next(one, "done") != "done"]
+    for name in names:
+        if name not in searched:
+            for _ in climb(campaign, name, search=False):
+                pass
     for recipe in RECIPES if options.float8 else ():
         for name in names:
             if (row := campaign.results.best(name)) is not None:
                 campaign.measure(name, replace(Setting(**row["setting"]), float8=recipe))
+
+
+def best_setting(campaign: Campaign, name: str) -> Setting:
+    """The best setting known of a model, or its first."""
+    row = campaign.results.best(name)
+    return Setting(**row["setting"]) if row else MODELS[name].first
+
+
+def planned_memory(flags: list[str]) -> int:
+    """Bytes that `newcompute plan` estimates for a run on one process."""
+    from parallel.degrees import resolve_degrees
+    from train.config import named_shape
+    from train.config_sources import load_config
+    from train.plan_memory import plan_memory
+    from train.plan_setup import Setup
+
+    config = load_config([], flags, world_size=1)
+    return round(plan_memory(Setup.of(config, named_shape(config.model), resolve_degrees(config, 1))).total)
 
 
 def gains(name: str, recipe: str) -> bool:
@@ -367,98 +253,19 @@ def gains(name: str, recipe: str) -> bool:
     from parallel.float8_layers import choices
     from train.config import Float8Config
 
-    shape = SIZES[MODELS[name].family][MODELS[name].size]
-    return any(not choice.reason for choice in choices(shape, Float8Config.model_validate({"recipe": recipe})))
-
-
-def outcome(row: dict[str, Any]) -> str:
-    """One measurement in words."""
-    if row["status"] != "measured":
-        return f"{row['status']}: {row['reason']}"
-    mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
-    speed = f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s (spread {row['spread']:.1%}){mfu}"
-    return f"{speed}, {gib(peak_bytes(row))} GiB, {row['process_seconds']:.0f} s"
-
-
-def peak_bytes(row: dict[str, Any]) -> int | None:
-    return row.get("peak_reserved_bytes", row.get("peak_resident_bytes"))
-
-
-def gib(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / GIB:.1f}"
-
-
-COLUMNS = ("model", "precision", "setting", "tokens/s/GPU", "spread", "MFU", "peak GiB", "planned GiB", "")
-
-
-def table_rows(content: dict[str, Any]) -> list[list[str]]:
-    """The measurements as text, by model; the best are marked and say whether a target is reached."""
-    reached = {entry["flags"]: entry for entry in content.get("best", []) if "target_reached" in entry}
-    rows = []
-    for row in sorted(content["measurements"], key=lambda row: list(MODELS).index(row["model"])):
-        line = [row["model"], row["precision"], str(Setting(**row["setting"]))]
-        if row["status"] != "measured":
-            reason = f": {row['reason']}" if row["status"] == "skipped" else ""
-            rows.append([*line, "", "", "", "", "", row["status"] + reason])
-            continue
-        note = "best" if row.get("best") else ""
-        if (target := reached.get(row["flags"])) is not None:
-            note += f"; target {target['target_tokens_per_second']:,}: {target['target_reached']}"
-        mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        line += [f"{row['tokens_per_second_per_gpu']:,.0f}", f"{row['spread']:.1%}", mfu]
-        rows.append([*line, gib(peak_bytes(row)), gib(row.get("planned_memory")), note])
-    return rows
-
-
-def show_table(content: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{content['device']}, torch {content['versions']['torch']}, {content['date']}")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if "/s" in column or "GiB" in column else "left")
-    for line in table_rows(content):
-        table.add_row(*line, style="bold" if line[-1].startswith("best") else None)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-    if "mfu_formula" in content:
-        print(f"MFU = {content['mfu_formula']}; peak {content['peak_flops'] / 1e12:,.0f} TFLOP/s (dense bf16)")
-
-
-def markdown(content: dict[str, Any]) -> str:
-    lines = [list(COLUMNS), ["---"] * 3 + ["---:"] * 5 + ["---"], *table_rows(content)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def config_lines(results: Results) -> str:
-    """TOML of the best setting of each model, without float8, for its configuration."""
-    parts = []
-    for name, model in MODELS.items():
-        if (row := results.best(name)) is None:
-            continue
-        s = Setting(**row["setting"])
-        file = f"{model.family}_{model.size}".lower().replace(".", "_")
-        parts.append(
-            f"# configs/{file}.toml: {row['tokens_per_second_per_gpu']:,.0f} tokens/s on one {results.content['device']}\n"
-            f"[training]\nmicro_batch_size = {s.micro_batch_size}  # x GPUs must divide global_batch_size\n"
-            f"loss_chunk_tokens = {s.loss_chunk_tokens}\n[parallel]\n"
-            f"reshard_after_forward = {str(s.reshard_after_forward).lower()}\n[compile]\n"
-            f'cuda_graphs = {str(s.cuda_graphs).lower()}\n[activation_checkpointing]\nmode = "{s.activation_checkpointing}"\n'
-        )
-    return "\n".join(parts)
+    return any(not c.reason for c in choices(MODELS[name].shape, Float8Config.model_validate({"recipe": recipe})))
 
 
 def show_profile(campaign: Campaign, name: str) -> None:
-    """Trace the best known setting of a model, or its first, and print the kernels that take most of the time."""
-    setting = MODELS[name].first
-    if campaign.path.exists():
-        row = Results(campaign.path, campaign.machine, resume=True).best(name)
-        setting = Setting(**row["setting"]) if row else setting
-    trace = campaign.options.trace or ROOT / "outputs" / f"gpu_profile_{name}.json.gz"
-    flags = campaign.flags(name, setting)
-    request = {"kind": "measure", "flags": flags, "steps": campaign.options.steps, "trace": str(trace)}
-    answer, log = campaign.run_step(request, 60 * campaign.options.minutes)
+    """Trace the best known setting of a model, and print and keep the kernels that take most of the time."""
+    setting = best_setting(campaign, name)
+    beside = campaign.path.parent if campaign.options.out else ROOT / "outputs"
+    trace = campaign.options.trace or beside / f"gpu_profile_{name}.json.gz"
+    request = {"flags": campaign.flags(name, setting), "steps": campaign.options.steps, "trace": str(trace.absolute())}
+    answer, log = campaign.run_step(request, campaign.deadline - time.monotonic())
     if answer["status"] != "measured":
-        raise SystemExit(f"{log}\n{answer['status']}: {answer['reason']}")
+        print(f"{log}\n{answer['status']}: {answer['reason']}", file=sys.stderr)
+        raise SystemExit(EXIT_UNFINISHED if answer["status"] == "out of time" else EXIT_FAILED)
     found = answer["profile"]
     print(
         f"{name}, {setting}: {answer['milliseconds_per_step']} ms per step, {found['milliseconds_per_step']} profiled"
@@ -469,7 +276,25 @@ def show_profile(campaign: Campaign, name: str) -> None:
     for kernel in found["kernels"]:
         numbers = f"{kernel['milliseconds_per_step']:8.3f} {kernel['share']:6.1%} {kernel['calls']:6}"
         print(f"{numbers}  {kernel['name'][:100]}")
+    campaign.results.set_machine(campaign.origin | answer["machine"])
+    campaign.results.add_profile(name, found | {"setting": asdict(setting)})
     print(f"wrote {found['trace']}")
+
+
+def parse_change(text: str) -> dict[str, Any]:
+    """KEY=VALUE of a `Setting`."""
+    key, _, value = text.partition("=")
+    kinds = {field.name: type(getattr(Setting(1), field.name)) for field in fields(Setting)}
+    if key not in kinds or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(kinds)}, with =VALUE behind it")
+    if kinds[key] is bool:
+        if value not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r}: true or false")
+        return {key: value == "true"}
+    try:
+        return {key: kinds[key](value)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} needs a whole number") from None
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -484,12 +309,16 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, help="timed steps (default: at least 10 and 5 seconds on a GPU, 3 on CPU)")
     parser.add_argument("--no-search", dest="search", action="store_false", help="only the first setting of each model")
     parser.add_argument("--no-float8", dest="float8", action="store_false", help="without the float8 recipes")
+    parser.add_argument(
+        "--change", metavar="KEY=VALUE", action="append", type=parse_change, default=[],
+        help="measure only the best setting so far of each model, changed so, such as cuda_graphs=true",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the result file")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_DEVICE.json")
     parser.add_argument("--markdown", action="store_true", help="print the table in markdown, too")
     parser.add_argument("--write-configs", action="store_true", help="print the best settings as TOML")
     parser.add_argument("--profile", metavar="MODEL", help="trace one setting of a model instead of measuring")
-    parser.add_argument("--trace", type=Path, help="file of --profile (default: outputs/gpu_profile_MODEL.json.gz)")
+    parser.add_argument("--trace", type=Path, help="file of --profile (default: beside --out, or in outputs/)")
     options, extra = parser.parse_known_args()
     options.models = [name.strip() for name in options.models.split(",")]
     for name in [*options.models, *([options.profile] if options.profile else [])]:
@@ -509,21 +338,30 @@ def main() -> None:
     if options.profile:
         show_profile(campaign, options.profile)
         return
-    campaign.open()
+    unfinished = False
     try:
-        measure_all(campaign, options)
+        if options.change:
+            changes = {key: value for change in options.change for key, value in change.items()}
+            for name in options.models:
+                campaign.measure(name, replace(best_setting(campaign, name), **changes))
+        else:
+            measure_all(campaign, options)
     except OutOfTime:
+        unfinished = options.minutes > 0  # 0 only shows
         print("the minutes are over: --resume goes on from here", flush=True)
     except KeyboardInterrupt:
+        unfinished = True
         print("interrupted: --resume goes on from here", flush=True)
     content = campaign.results.content
-    show_table(content)
-    if options.markdown:
-        print(markdown(content))
-    if options.write_configs:
-        print(config_lines(campaign.results))
-    if content["measurements"]:
+    if campaign.results.known:
+        show_table(content)
+        if options.markdown:
+            print(markdown(content))
+        if options.write_configs:
+            print(config_lines(campaign.results))
         print(f"results: {campaign.path}")
+    if campaign.failed or unfinished:
+        raise SystemExit(EXIT_FAILED if campaign.failed else EXIT_UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    help_text = "print each failure as soon as it is known, for runs that may be ended before their summary"
+    parser.addoption("--failures-at-once", action="store_true", help=help_text)
+
+
+def pytest_configure(config):
+    # With several workers the process that prints hears every report; the workers print nothing.
+    if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce())
+
+
+class FailuresAtOnce:
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            print(f"\n=== {report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}\n===", flush=True)
+
+
 def pytest_collection_modifyitems(items):
     # Files with many slow tests come first: what is left for the last minutes is short.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

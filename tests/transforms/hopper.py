@@ -30,12 +30,12 @@ def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written_by(kernel: Any, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The tensors that torch.compile believes a kernel to write, and copies; skips where torch has another analysis."""
+    """The tensors that torch.compile believes a kernel to write, and copies."""
     from torch._higher_order_ops import triton_kernel_wrap
 
-    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
-        pytest.skip("this torch analyses kernels by another function")
     pretend_hopper(monkeypatch)
     arguments = {name: value for name, value in arguments.items() if name != "num_warps"}
-    found = triton_kernel_wrap.identify_accessed_tensors(kernel, arguments, {})
-    return {written.name for written in found.read_writes.writes}
+    if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):  # torch 2.13
+        found = triton_kernel_wrap.identify_accessed_tensors(kernel, arguments, {})
+        return {written.name for written in found.read_writes.writes}
+    return set(triton_kernel_wrap.identify_mutated_tensors(kernel, arguments, {}))
