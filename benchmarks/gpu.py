@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(ROOT), str(ROOT / "benchmarks"))]
 
 from benchmarks.common import commit  # noqa: E402
-from benchmarks.gpu_models import DEFAULT_MODELS, MODELS, Setting  # noqa: E402
+from benchmarks.gpu_models import DEFAULT_MODELS, MODELS, Setting, gains, planned_memory  # noqa: E402
 from benchmarks.gpu_results import GIB, RECIPES, Results, config_lines, markdown, outcome, show_table  # noqa: E402
 from models.sizes import num_parameters  # noqa: E402
 
@@ -161,7 +161,10 @@ class Campaign:
         with tempfile.TemporaryDirectory() as folder:
             path, log = Path(folder) / "step.json", Path(folder) / "log"
             path.write_text(json.dumps(request), encoding="utf-8")
-            command, answer = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), str(path)], path.with_suffix(".answer")
+            command, answer = (
+                [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), str(path)],
+                path.with_suffix(".answer"),
+            )
             with open(log, "wb") as out:
                 # A group of its own, so that its compiler processes end with it; the session stays this one's.
                 process = subprocess.Popen(
@@ -236,26 +239,6 @@ def best_setting(campaign: Campaign, name: str) -> Setting:
     return Setting(**row["setting"]) if row else MODELS[name].first
 
 
-def planned_memory(flags: list[str]) -> int:
-    """Bytes that `newcompute plan` estimates for a run on one process."""
-    from parallel.degrees import resolve_degrees
-    from train.config import named_shape
-    from train.config_sources import load_config
-    from train.plan_memory import plan_memory
-    from train.plan_setup import Setup
-
-    config = load_config([], flags, world_size=1)
-    return round(plan_memory(Setup.of(config, named_shape(config.model), resolve_degrees(config, 1))).total)
-
-
-def gains(name: str, recipe: str) -> bool:
-    """Whether any layer of a model becomes float8."""
-    from parallel.float8_layers import choices
-    from train.config import Float8Config
-
-    return any(not c.reason for c in choices(MODELS[name].shape, Float8Config.model_validate({"recipe": recipe})))
-
-
 def show_profile(campaign: Campaign, name: str) -> None:
     """Trace the best known setting of a model, and print and keep the kernels that take most of the time."""
     setting = best_setting(campaign, name)
@@ -278,7 +261,7 @@ def show_profile(campaign: Campaign, name: str) -> None:
         print(f"{numbers}  {kernel['name'][:100]}")
     campaign.results.set_machine(campaign.origin | answer["machine"])
     campaign.results.add_profile(name, found | {"setting": asdict(setting)})
-    print(f"wrote {found['trace']}")
+    print(f"wrote {trace}")
 
 
 def parse_change(text: str) -> dict[str, Any]:

@@ -119,3 +119,23 @@ MODELS = {
     ),
 }  # fmt: skip
 DEFAULT_MODELS = [name for name in MODELS if name != "debug"]
+
+
+def gains(name: str, recipe: str) -> bool:
+    """Whether any layer of a model becomes float8."""
+    from parallel.float8_layers import choices
+    from train.config import Float8Config
+
+    return any(not c.reason for c in choices(MODELS[name].shape, Float8Config.model_validate({"recipe": recipe})))
+
+
+def planned_memory(flags: list[str]) -> int:
+    """Bytes that `newcompute plan` estimates for a run on one process."""
+    from parallel.degrees import resolve_degrees
+    from train.config import named_shape
+    from train.config_sources import load_config
+    from train.plan_memory import plan_memory
+    from train.plan_setup import Setup
+
+    config = load_config([], flags, world_size=1)
+    return round(plan_memory(Setup.of(config, named_shape(config.model), resolve_degrees(config, 1))).total)

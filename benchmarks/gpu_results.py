@@ -14,7 +14,18 @@ from models.sizes import peak_flops
 
 GIB = 2**30
 RECIPES = ("tensorwise", "rowwise")
-COLUMNS = ("model", "precision", "setting", "tokens/s/GPU", "spread", "MFU", "of the roofline", "peak GiB", "planned GiB", "")
+COLUMNS = (
+    "model",
+    "precision",
+    "setting",
+    "tokens/s/GPU",
+    "spread",
+    "MFU",
+    "of the roofline",
+    "peak GiB",
+    "planned GiB",
+    "",
+)
 
 
 class Results:
@@ -142,7 +153,12 @@ def table_rows(content: dict[str, Any]) -> list[list[str]]:
         if (target := reached.get(row["flags"])) is not None:
             note += f"; target {target['target_tokens_per_second']:,}: {target['target_reached']}"
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        line += [f"{row['tokens_per_second_per_gpu']:,.0f}", f"{row['spread']:.1%}", mfu, part_of_roofline(content, row)]
+        line += [
+            f"{row['tokens_per_second_per_gpu']:,.0f}",
+            f"{row['spread']:.1%}",
+            mfu,
+            part_of_roofline(content, row),
+        ]
         rows.append([*line, gib(peak_bytes(row)), gib(row.get("planned_memory")), note])
     return rows
 

@@ -33,13 +33,14 @@ import torch  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from models.sizes import FLOPS_FORMULA, LlamaShape, num_parameters, peak_flops  # noqa: E402
+from benchmarks.gpu_models import planned_memory  # noqa: E402
+from models.sizes import FLOPS_FORMULA, num_parameters, peak_flops  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
 from parallel.apply import compute_dtype  # noqa: E402
 from train.config import Config, named_shape  # noqa: E402
 from train.config_sources import load_config  # noqa: E402
 from train.data import PreparedData, RandomRows  # noqa: E402
-from train.optimizer import finiteness  # noqa: E402
+from train.optimizer import is_quantised  # noqa: E402
 from train.trainer import GC_INTERVAL, Trainer  # noqa: E402
 
 WARM_STEPS = 3, 12  # at least, at most; CUDA graphs run once, record, and replay from the third call on
@@ -48,16 +49,15 @@ LEAST_STEPS, LEAST_SECONDS = 10, 5.0  # timed on a GPU, over all windows
 TOP_KERNELS = 15
 
 
-def describe(device_choice: str) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, as they belong to a figure."""
-    device = meshes.choose_device(device_choice)
     versions: dict[str, Any] = {"python": platform.python_version()}
     for package in ("torch", "triton", "torchao"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    answer: dict[str, Any] = {"versions": versions, "device_type": device.type}
+    answer: dict[str, Any] = {"versions": versions}
     if device.type == "cpu":
         cpu = Path("/proc/cpuinfo")
         name = cpu.read_text().partition("model name\t: ")[2].partition("\n")[0] if cpu.exists() else ""
@@ -76,14 +76,21 @@ def describe(device_choice: str) -> dict[str, Any]:
     return answer
 
 
-def planned_memory(config: Config, shape: LlamaShape, compute_bytes: int) -> int | None:
-    """What `newcompute plan` estimates for this setting in bytes, or None where it cannot say."""
-    try:
-        from train.plan import plan_memory
+def local_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """This process's tensors that are finite exactly if all moments are: the moments, or their scales if quantised."""
+    values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    return [value.scale if is_quantised(value) else value for value in local]
 
-        return round(plan_memory(config, shape, shard=1, data_size=1, compute_bytes=compute_bytes).total)
-    except Exception:  # a measurement is worth more than its comparison with an estimate
-        return None
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether every number is finite; on each device its own are looked at, since torchao counts steps on the host."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and tensor.is_floating_point():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    largest = [torch.stack([n.float() for n in torch._foreach_norm(own, ord=math.inf)]) for own in by_device.values()]
+    return all(bool(torch.isfinite(norms).all()) for norms in largest)
 
 
 class Loop:
@@ -155,6 +162,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Speed and memory under one setting."""
     config = load_config([], request["flags"], world_size=1)
     mesh = meshes.start(config.run.device)
+    request["machine"] = describe(mesh.device)  # also of a measurement that fails
     on_gpu = mesh.device.type == "cuda"
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # as a job does
@@ -168,9 +176,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     seconds = sum(seconds for _, seconds in windows)
     waited = loop.trainer.batches.waited - waited
     loop.trainer.check_finite()
-    tensors = [p.detach() for p in loop.trainer.parameters()] + finiteness(loop.trainer.optimizer)
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    if not torch.isfinite(torch.stack(torch._foreach_norm([t for t in local if t.numel()], ord=math.inf))).all():
+    weights = [
+        p.to_local() if isinstance(p, DTensor) else p for p in map(torch.Tensor.detach, loop.trainer.parameters())
+    ]
+    if not all_finite(weights + local_moments(loop.trainer.optimizer)):
         raise RuntimeError("a weight or optimizer moment is not finite")
     answer = speed(config, loop.trainer, windows)
     answer |= {
@@ -178,7 +187,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "warm_up_seconds": [round(s, 2) for s in warm],
         "data_wait": round(waited / seconds, 4),
         "compiled_while_timed": loop.compiled[0] - compiled[0],
-    } | memory(config, loop.trainer)
+        "planned_memory": planned_memory(request["flags"]),
+    } | memory(loop.trainer)
     if config.compile.cuda_graphs:
         answer["cuda_graphs_recorded"] = loop.recorded
         answer["cuda_graphs_recorded_while_timed"] = loop.recorded - compiled[1]
@@ -210,8 +220,8 @@ def speed(config: Config, trainer: Trainer, windows: list[tuple[int, float]]) ->
     return answer
 
 
-def memory(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """Peaks since the process began, in bytes: of the GPU's allocator, or of the whole process on CPU; and the plan's."""
+def memory(trainer: Trainer) -> dict[str, Any]:
+    """Peaks since the process began, in bytes: of the GPU's allocator, or of the whole process on CPU."""
     device, answer = trainer.mesh.device, {}
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
@@ -221,8 +231,7 @@ def memory(config: Config, trainer: Trainer) -> dict[str, Any]:
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         answer["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    planned = planned_memory(config, trainer.shape, compute_dtype(config, device).itemsize)
-    return answer if planned is None else answer | {"planned_memory": planned}
+    return answer
 
 
 def profile(loop: Loop, trace: Path) -> dict[str, Any]:
@@ -242,7 +251,7 @@ def profile(loop: Loop, trace: Path) -> dict[str, Any]:
     busy = sum(microseconds for microseconds, _ in times.values())
     top = sorted(times.items(), key=lambda item: -item[1][0])[:TOP_KERNELS]
     return {
-        "trace": str(trace),
+        "trace": trace.name,
         "milliseconds_per_step": round(1e3 * seconds / 3, 2),
         "busy": round(busy / 1e6 / seconds, 4),  # above 1 where streams overlap
         "kernels": [
@@ -270,16 +279,17 @@ def main() -> None:
     path = Path(sys.argv[1])
     request = json.loads(path.read_text(encoding="utf-8"))
     try:
-        if request["kind"] == "describe":
-            answer = describe(request["device"])
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                request["flags"] += ["--run.dir", folder]
-                answer = {"status": "measured"} | measure(request)
+        with tempfile.TemporaryDirectory() as folder:
+            request["flags"] += ["--run.dir", folder]
+            answer = {"status": "measured"} | measure(request)
     except Exception as error:
         traceback.print_exc()
         answer = failure(error)
-    path.with_suffix(".answer").write_text(json.dumps(answer), encoding="utf-8")
+    if "machine" in request:
+        answer["machine"] = request["machine"]
+    scratch = path.with_suffix(".writing")
+    scratch.write_text(json.dumps(answer), encoding="utf-8")
+    scratch.replace(path.with_suffix(".answer"))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def table() -> str:
     peak = peak_flops(H100)
     assert peak is not None
     lines = [
-        "| model | matmuls | elementwise | attention | head and loss | ns/token | tokens/s | with merged matmuls | MFU | target |",
+        "| model | matmuls | elementwise | attention | head, loss | ns/token | tokens/s | merged matmuls | MFU | target |",
         "|---|" + "---:|" * 9,
     ]
     for family, size, length in (

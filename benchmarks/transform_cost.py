@@ -1,13 +1,17 @@
 """What hardware effects cost: time of a training step with them over that of the clean one.
 
-    python benchmarks/transform_cost.py [--models 60M,200M] [--effects int8,optical_8bit] [--rounds 6 ...] [--resume]
+    python benchmarks/transform_cost.py [--models 60M,200M] [--effects int8,optical_8bit] [--minutes 5 --rounds 6 ...] [--resume]
 
 Both runs are whole `Trainer`s (FSDP2 on one process, compiled blocks and loss, clipping, fused AdamW) on random rows of
 2,048 tokens (quickstart: its own 16 rows of 256), in one process; on a GPU in bfloat16, on a CPU in float32. They take turns
 in blocks of steps, in changing order, and a ratio is taken inside a round, between blocks that are seconds apart: a
-machine's speed drifts by more than the difference looked for. On CPU the larger models keep their widths but only some
-layers (`--cpu-layers`), which time and memory allow; a layer's share of the effect's cost stays what it is, the head's
-share of the clean time grows. The result is written after each effect; with `--resume`, those in it are kept.
+machine's speed drifts by more than the difference looked for. The rows lie on the device from the start, and on a GPU a step
+has enough of them that it takes longer than the host needs to launch it. On CPU the larger models keep their widths but only
+some layers (`--cpu-layers`), which time and memory allow; a layer's share of the effect's cost stays what it is, the head's
+share of the clean time grows.
+
+The result is written after each effect; with `--resume`, those in it are kept. Exit codes: 0, all is measured; 1, an effect
+failed; 75, the minutes are over and `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(ROOT), str(ROOT / "benchmarks"))]
+
+# As the launchers have it; torch reads it when it first allocates.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
 
@@ -43,9 +51,14 @@ GOALS = {
     "optical_linear": 1.15, "optical_8bit": 1.15, "optical_tiled": 1.15,
 }  # fmt: skip
 """The effects that are measured, and what a step may take over a clean one on a GPU."""
-MODELS = {"cpu": "quickstart,60M", "cuda": "60M,200M"}
-ROWS = {"cpu": 1, "cuda": 16}
-"""Rows of 2,048 tokens: a GPU needs more than one to be busy."""
+MODELS = {"cpu": "quickstart,60M", "cuda": "60M"}
+ROUNDS = {"cpu": 6, "cuda": 4}
+SECONDS = {"cpu": 5.0, "cuda": 1.5}
+"""Clean time of a block of steps."""
+GPU_ROWS = {"60M": 48, "200M": 24, "400M": 16, "1.1B": 8}
+"""Rows of 2,048 tokens that a GPU of 80 GB takes at once. With fewer, its kernels end before the host has launched the
+next ones, and what is measured is the host. A CPU takes one row."""
+EXIT_FAILED, EXIT_UNFINISHED = 1, 75
 
 
 def configuration(
@@ -72,7 +85,7 @@ class Runner:
         rows = RandomRows(shape.vocab_size, config.run.seed)
         self.trainer = Trainer(config, mesh, shape, None, PreparedData(rows, None))
         reader = RowBatches(rows, config, 0, 1, 0, pin=False)
-        self.rows = next(iter(reader))
+        self.rows = next(iter(reader)).to(mesh.device)
         reader.close()
 
     def run(self, steps: int) -> float:
@@ -95,13 +108,14 @@ def measure(model: str, file: Path, options: argparse.Namespace, mesh: meshes.Me
     """Figures of one model under one effect: milliseconds of a step clean and transformed, and their ratio."""
     device = mesh.device.type
     layers = None if device == "cuda" else options.cpu_layers.get(model)
+    num_rows = options.rows or (GPU_ROWS.get(model, 16) if device == "cuda" else 1)
     torch._dynamo.reset()
     runners, peak = {}, {}
     for name, files in (("clean", []), ("transformed", [str(file)])):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        runners[name] = Runner(configuration(model, device, layers, options.rows, files, options.flags), mesh)
+        runners[name] = Runner(configuration(model, device, layers, num_rows, files, options.flags), mesh)
         compile_seconds = runners[name].run(1)
         runners[name].run(WARM_STEPS)
         if device == "cuda":
@@ -139,9 +153,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--models", help=f"comma-separated; default: {MODELS['cpu']} on CPU, {MODELS['cuda']} on a GPU")
     parser.add_argument("--effects", default=",".join(GOALS), help="presets of configs/transforms and others by name")
-    parser.add_argument("--rows", type=int, help="rows of 2,048 tokens in a step; default: 1 on CPU, 16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=5.0, help="clean time of a block of steps")
+    parser.add_argument(
+        "--rows", type=int, help=f"rows of 2,048 tokens in a step; default: 1 on CPU, on a GPU {GPU_ROWS}"
+    )
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS['cpu']} on CPU, {ROUNDS['cuda']} on a GPU")
+    parser.add_argument("--seconds", type=float, help="clean time of a block of steps; default: 5 on CPU, 1.5 on a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything; default: no limit")
     parser.add_argument("--max-steps", type=int, default=50)
     parser.add_argument("--cpu-layers", type=json.loads, default={"200M": 4, "1.1B": 2})
     parser.add_argument("--resume", action="store_true", help="keep what the result file has")
@@ -164,6 +181,9 @@ def one(model: str, effect: str, options: argparse.Namespace, mesh: meshes.Mesh,
     except torch.OutOfMemoryError as error:
         print(f"{model} {effect}: {error}", flush=True)
         row["out_of_memory"] = True
+    except Exception as error:  # of one effect, which keeps no other from being measured
+        traceback.print_exc()
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     gc.collect()  # trainers hold themselves in cycles
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -175,6 +195,8 @@ def summary(row: dict[str, Any]) -> str:
     """A row in words."""
     if row.get("out_of_memory"):
         return f"{row['model']:>10} {row['effect']:>18}: not enough memory"
+    if row.get("failed"):
+        return f"{row['model']:>10} {row['effect']:>18}: failed: {row['failed']}"
     goal = f", goal {row['goal']:.2f}" if row.get("goal") else ""
     return (
         f"{row['model']:>10} {row['effect']:>18} ({row['layers']} layers, {row['tokens']} tokens): clean "
@@ -184,7 +206,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = parse()
+    begin, options = time.monotonic(), parse()
     mesh = meshes.start(options.device)
     kind = mesh.device.type
     if kind == "cpu":
@@ -192,26 +214,37 @@ def main() -> None:
     else:
         torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name() if kind == "cuda" else common.processor()
-    options.rows = options.rows or ROWS[kind]
+    options.rounds, options.seconds = options.rounds or ROUNDS[kind], options.seconds or SECONDS[kind]
     slug = device.lower().replace(" ", "_") if kind == "cuda" else "cpu"
     out = (options.out or common.RESULTS / f"transform_cost_{slug}.json").absolute()
     made = common.origin(device, ("torch", "triton")) | {"flags": options.flags} | {"threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     if options.resume and out.exists():
-        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in json.loads(out.read_text(encoding="utf-8"))["rows"] if not row.get("failed")]
     done = {(row["model"], row["effect"]) for row in rows}
+    wanted = [(model, effect) for model in (options.models or MODELS[kind]).split(",") for effect in options.effects]
+    longest, unfinished = 0.0, False
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for model in (options.models or MODELS[kind]).split(","):
-            for effect in options.effects:
-                if (model, effect) not in done:
-                    rows.append(one(model, effect, options, mesh, Path(folder)) | made)
-                    common.write_json({"rows": rows}, out)
+        for model, effect in wanted:
+            if (model, effect) in done:
+                continue
+            started = time.monotonic()
+            if started - begin + 0.7 * longest > 60 * options.minutes:
+                unfinished = True
+                break
+            rows.append(one(model, effect, options, mesh, Path(folder)) | made)
+            common.write_json({"rows": rows}, out)
+            longest = max(longest, time.monotonic() - started)
         os.chdir(common.ROOT)  # the folder is removed
     for row in rows:
         print(summary(row))
-    print(f"wrote {out}")
+    print(f"wrote {out}" + ("; the minutes are over, --resume goes on" if unfinished else ""), flush=True)
     torch.distributed.destroy_process_group()
+    if any(row.get("failed") for row in rows):
+        raise SystemExit(EXIT_FAILED)
+    if unfinished:
+        raise SystemExit(EXIT_UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ import copy
 import gc
 import json
 import os
+import platform
 import sys
 from collections import Counter
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,14 @@ def pytest_configure(config):
     # With several workers the process that prints hears every report; the workers print nothing.
     if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce())
+
+
+def pytest_terminal_summary(terminalreporter):
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "triton", "torchao", "transformers"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    terminalreporter.write_line(f"ran with {', '.join(found)}")
 
 
 class FailuresAtOnce:

@@ -123,12 +123,6 @@ def materialise_state(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
-def finiteness(optimizer: Optimizer) -> list[Tensor]:
-    """This process's tensors that are finite exactly if all moments are: the moments, or their scales if quantised."""
-    moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
-    return [moment.scale if is_quantised(moment) else moment for moment in moments]
-
-
 def distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
     """This process's part as a tensor distributed as `parameter` is."""
     if not isinstance(parameter, DTensor):

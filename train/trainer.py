@@ -210,6 +210,7 @@ class Trainer:
             if self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
+            first = self.step + 1
             profiler.start()
             self.beat("data", self.step + 1)
             for rows in batches:
@@ -219,6 +220,8 @@ class Trainer:
                 self.step_times.measure(self._due_to_log(self.step + 1))
                 loss, grad_norm = self.train_step(rows)
                 self.step += 1
+                if self.step == first and config.checkpoint.interval:
+                    self.checkpoints.make_host_copy()
                 agreed = self.agreement.finish()
                 stop, final = agreed["stop"], self.step == self.last_step
 

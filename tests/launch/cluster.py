@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,16 @@ def wait_until(condition: Callable[[], object], what: str, deadline: float = DEA
 
 def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
+
+
+def make_checkout(folder: Path) -> Path:
+    """The launch scripts in a folder whose `train/main.py` is the stand-in for a run."""
+    checkout = folder / "checkout"
+    for name in ("launch", "train", "models", "transforms"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "train" / "main.py").write_text(Path(WORKER).read_text().replace("parents[2]", "parents[1]"))
+    (checkout / "notes").mkdir()
+    return checkout
 
 
 class Node:
@@ -93,7 +104,7 @@ class Slurm:
         self.folder = folder / "slurm"
         commands = self.folder / "bin"
         commands.mkdir(parents=True)
-        for name in ("sbatch", "srun", "scontrol", "squeue", "scancel"):
+        for name in ("sbatch", "srun", "scontrol", "squeue"):
             (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STANDIN}" {name} "$@"\n')
             (commands / name).chmod(0o755)
         python = Path(sys.executable).parent
@@ -124,7 +135,7 @@ class Slurm:
     def wait(self, job: str) -> dict:
         """The job's record once it has ended for good."""
         try:
-            wait_until(lambda: self.read(job)["state"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), f"job {job}")
+            wait_until(lambda: self.read(job)["state"] in ("COMPLETED", "FAILED"), f"job {job}")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log(job)}") from None
         return self.read(job)
@@ -132,13 +143,6 @@ class Slurm:
     def signal(self, job: str) -> None:
         """What `--signal` does, now."""
         (self.folder / job / "signal").touch()
-
-    def kill_node(self, job: str, node: int) -> None:
-        step = (self.folder / job / "step").read_text()
-        self.standin.kill_all(f"{job}/{step}/{node}.")
-
-    def cancel(self, job: str) -> None:
-        (self.folder / job / "cancel").touch()
 
     def end(self) -> None:
         for job in self.jobs:

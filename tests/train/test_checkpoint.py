@@ -159,6 +159,23 @@ def test_what_is_written_meanwhile_is_the_state_of_its_step(run_here, tmp_path, 
         assert all(torch.equal(expected[name], found[name]) for name in names)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_the_first_save_reserves_no_memory(run_here, monkeypatch, optimizer):
+    """Pinning a copy of all state takes seconds, in which training would stand still."""
+    from train.saving import Checkpoints
+
+    found, begin = [], Checkpoints.begin
+
+    def noting_begin(self, *arguments):
+        found.append((set(self._host), set(self.state())))
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "begin", noting_begin)
+    run_here(optimizer__name=optimizer, training__steps=10)
+    assert [reserved == kept for reserved, kept in found] == [True, True]
+    assert any("exp_avg_sq" in name for name in found[0][0])
+
+
 def test_permanent_checkpoints_stay_and_the_newest_are_verified(run_here, tmp_path):
     run_here(checkpoint__keep=1, checkpoint__permanent_interval=10)
     steps = committed_steps(tmp_path / "run" / "checkpoints")

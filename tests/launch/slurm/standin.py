@@ -1,10 +1,10 @@
-"""A stand-in for SLURM on one machine: `standin.py sbatch|srun|scontrol|squeue|scancel ...`, as `launch/*.sh` call them.
+"""A stand-in for SLURM on one machine: `standin.py sbatch|srun|scontrol|squeue ...`, as `launch/slurm.sh` calls them.
 
-Nodes are addresses of the loopback interface (127.0.0.2, 127.0.0.3, ...). A node's processes are those whose environment
-holds its mark, in whatever session they are, as slurmstepd finds them by their cgroup. Jobs live in $STANDIN_SLURM/JOB/.
-What it copies from SLURM: environment variables, `#SBATCH` lines, `--signal` to every process of the steps and not to the
-script, a requeue that ends the script and counts in SLURM_RESTART_COUNT, `--kill-on-bad-exit`, srun passing signals on and
-returning the highest exit code, states of squeue.
+It is for tests that must be fast and run where SLURM is not installed; `real.py` is the real one. Nodes are addresses of the
+loopback interface (127.0.0.2, 127.0.0.3, ...). A node's processes are those whose environment holds its mark, in whatever
+session they are. Jobs live in $STANDIN_SLURM/JOB/. What it copies from SLURM: environment variables, `#SBATCH` lines, signals
+to every process of the steps and not to the script, a requeue that ends the script and counts in SLURM_RESTART_COUNT,
+`--kill-on-bad-exit`, srun passing signals on and returning the highest exit code, states of squeue.
 """
 
 from __future__ import annotations
@@ -76,13 +76,6 @@ class Job:
         return True
 
 
-def seconds(text: str) -> float:
-    """SLURM's M, M:S or H:M:S."""
-    parts = [float(part) for part in text.split(":")]
-    hours, minutes, rest = {1: (0, parts[0], 0), 2: (0, *parts), 3: parts}[len(parts)]
-    return hours * 3600 + minutes * 60 + rest
-
-
 def options_of(words: list[str]) -> tuple[dict[str, str], list[str]]:
     options = {}
     while words and words[0].startswith("--"):
@@ -95,22 +88,17 @@ def sbatch(words: list[str]) -> None:
     given, (script, *arguments) = options_of(words)
     lines = [line[7:] for line in Path(script).read_text().splitlines() if line.startswith("#SBATCH")]
     stated = options_of([word for line in lines for word in shlex.split(line)])[0]
-    options = stated | given
-    first, _, last = options.get("array", "").partition("%")[0].partition("-")
-    tasks = [None] if not first else list(range(int(first), int(last or first) + 1))
-    number = os.getpid()
-    for i, task in enumerate(tasks):
-        job = Job(str(number + i))
-        job.folder.mkdir(parents=True)
-        job.write(state="PENDING", options=options, script=script, arguments=arguments, task=task, starts=0)
-        subprocess.Popen(
-            [sys.executable, __file__, "controller", job.number],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=open(job.folder / "controller.err", "w"),  # noqa: SIM115
-        )
-    print(f"Submitted batch job {number}")
+    job = Job(str(os.getpid()))
+    job.folder.mkdir(parents=True)
+    job.write(state="PENDING", options=stated | given, script=script, arguments=arguments, starts=0)
+    subprocess.Popen(
+        [sys.executable, __file__, "controller", job.number],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=open(job.folder / "controller.err", "w"),  # noqa: SIM115
+    )
+    print(f"Submitted batch job {job.number}")
 
 
 def controller(words: list[str]) -> None:
@@ -129,59 +117,36 @@ def controller(words: list[str]) -> None:
         "SLURM_CPUS_PER_TASK": options.get("cpus-per-task", "1"),
         "STANDIN_NODE": f"{job.number}/batch",
     }
-    if record["task"] is not None:
-        environment["SLURM_ARRAY_TASK_ID"] = str(record["task"])
     restarts = 0
     while True:
         if restarts:
             environment["SLURM_RESTART_COUNT"] = str(restarts)
         job.write(state="RUNNING", starts=restarts + 1)
         code = run_script(job, record, environment)
-        if code is None:
-            restarts += 1
-            continue
-        state = job.read()["state"]
-        if state not in ("CANCELLED", "TIMEOUT"):
-            state = "FAILED" if code else "COMPLETED"
-        job.write(state=state, code=code)
-        return
+        if code is not None:
+            job.write(state="FAILED" if code else "COMPLETED", code=code)
+            return
+        restarts += 1
 
 
 def run_script(job: Job, record: dict, environment: dict[str, str]) -> int | None:
     """The script's exit code; None when the job was put back into the queue."""
-    options = record["options"]
-    limit = seconds(options.get("time", "24:00:00"))
-    name, _, lead = options.get("signal", "").partition("@")
+    name, _, _ = record["options"].get("signal", "").partition("@")
     with open(job.folder / "log", "ab") as log:
         script = subprocess.Popen(
             ["bash", record["script"], *record["arguments"]],
             env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-    start, signalled = time.monotonic(), False
-    ending: float | None = None
     while script.poll() is None:
         time.sleep(0.05)
-        elapsed = time.monotonic() - start
-        if (lead and not signalled and elapsed > limit - float(lead)) or job.take("signal"):
-            signalled = True
+        if job.take("signal"):
             send(f"{job.number}/step", getattr(signal, f"SIG{name}"))
         if job.take("requeue"):
-            job.write(state="COMPLETING")
             kill_all(f"{job.number}/")
             script.wait()
             job.write(state="PENDING")
             return None
-        for flag, state in (("cancel", "CANCELLED"), ("timeout", "TIMEOUT")):
-            if ending is None and (job.take(flag) or (flag == "timeout" and elapsed > limit)):
-                job.write(state="COMPLETING", final=state)
-                send(f"{job.number}/", signal.SIGTERM)
-                ending = time.monotonic()
-        if ending is not None and time.monotonic() - ending > KILL_WAIT:
-            kill_all(f"{job.number}/")
     kill_all(f"{job.number}/")
-    final = job.read().get("final")
-    if final:
-        job.write(state=final)
     return script.returncode if script.returncode >= 0 else 128 - script.returncode
 
 
@@ -204,7 +169,6 @@ def srun(words: list[str]) -> None:
         )
         for i, node in enumerate(nodes)
     ]
-    (ROOT / job / "step").write_text(step)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: send(f"{job}/{step}/", number))
     ending: float | None = None
@@ -234,10 +198,6 @@ def squeue(words: list[str]) -> None:
     print(Job(options["jobs"]).read()["state"])
 
 
-def scancel(words: list[str]) -> None:
-    (ROOT / words[0] / "cancel").touch()
-
-
 if __name__ == "__main__":
     program, *rest = sys.argv[1:]
     {
@@ -246,5 +206,4 @@ if __name__ == "__main__":
         "srun": srun,
         "scontrol": scontrol,
         "squeue": squeue,
-        "scancel": scancel,
     }[program](rest)
