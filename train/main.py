@@ -16,7 +16,15 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
 from train.config_sources import EXIT_CONFIG, ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
-from train.outcome import EXIT_HANG, EXIT_OTHER, EXIT_PREEMPTED, OUTCOME_VARIABLE, leave_at_once, tell_launcher  # noqa: E402
+from train.outcome import (  # noqa: E402
+    EXIT_HANG,
+    EXIT_OTHER,
+    EXIT_PREEMPTED,
+    OUTCOME_VARIABLE,
+    leave_at_once,
+    stop_without_launcher,
+    tell_launcher,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the job takes them over (train/preemption.py)
         signal.signal(number, lambda *_: leave_at_once())
+    stop_without_launcher()
     if "--help" in arguments or "-h" in arguments:
         print(__doc__ + "\n  --config FILE.toml (repeatable; later files win, flags win over files)\n" + help_text())
         return

@@ -8,8 +8,11 @@ and the launcher prints each message once and exits with the code. Without the l
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,6 +51,18 @@ def tell_launcher(code: int, message: str = "") -> bool:
     except OSError:
         return False
     return True
+
+
+def stop_without_launcher() -> None:
+    """Have the system send SIGTERM when the launcher that started this process is gone, as if it had been asked to stop.
+
+    Nobody else would end it: a launcher that is killed leaves its processes training, and under SLURM they keep the step, and
+    so the job that is to come back, waiting for more than a minute. Elsewhere than on Linux this does nothing.
+    """
+    if OUTCOME_VARIABLE not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 def leave_at_once() -> NoReturn:

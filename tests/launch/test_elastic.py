@@ -91,6 +91,16 @@ def test_signals_reach_every_process_each_time_they_come(start, tmp_path, number
         assert lines(tmp_path / rank) == ["start 0", "ready", number.name, number.name, "saved"]
 
 
+def test_processes_whose_launcher_is_killed_save_and_leave(start, tmp_path):
+    node = start("*:*:stop")
+    ready(tmp_path)
+    node.process.kill()
+    node.process.join()
+    for rank in ("0", "1"):
+        wait_until(lambda rank=rank: lines(tmp_path / rank)[-1:] == ["saved"], f"process {rank}")
+        assert lines(tmp_path / rank) == ["start 0", "ready", "SIGTERM", "saved"]
+
+
 @pytest.mark.slow
 def test_a_save_may_take_longer_than_torch_would_wait(start, tmp_path):
     node = start("*:*:stop=35")

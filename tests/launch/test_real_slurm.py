@@ -88,6 +88,10 @@ def test_a_lost_launcher_ends_the_step_and_the_job_is_requeued(slurm, submit, ch
     slurm.release(job, 1)
     assert slurm.wait(job) == ("COMPLETED", 0, 1), slurm.log(job)
     assert requeues(checkout, job) == ["failed with exit code 137"]
+    for rank in range(4):
+        notes = lines(checkout / "notes" / str(rank))
+        assert [note for note in notes if note != "SIGTERM"] == ["start 0", "ready", "saved", "start 1"]
+        assert "SIGTERM" in notes
 
 
 def test_a_lost_node_has_the_job_requeued_by_the_scheduler(slurm, submit, checkout):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from train.outcome import tell_launcher
+from train.outcome import stop_without_launcher, tell_launcher
 
 folder, plans = Path(sys.argv[1]), sys.argv[2:]
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -85,6 +85,7 @@ def act(action: str) -> None:
         raise SystemExit(f"no such action: {action}")
 
 
+stop_without_launcher()
 note(f"start {attempt}")
 for plan in plans:
     who, when, what = plan.split(":", 2)
