@@ -100,7 +100,11 @@ class Campaign:
         row = self.results.find(flags)
         if row is None or row["status"] in ("out of time", "failed"):
             row = {"model": name, "precision": self.precision(setting), "setting": asdict(setting)}
-            row |= {"flags": " ".join(flags), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+            row |= {
+                "flags": " ".join(flags),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": commit(),
+            }
             row |= self.refused(name, setting) or self.run_measurement(flags, setting)
             if "compute_dtype" in row and setting.float8 == "none":
                 row["precision"] = row["compute_dtype"]

@@ -93,16 +93,16 @@ class Session:
         self.file = out / "summary.json"
         held = json.loads(self.file.read_text(encoding="utf-8")) if resume and self.file.exists() else {}
         self.log: BinaryIO = open(out / "log.txt", "ab" if resume else "wb", buffering=0)  # noqa: SIM115 - until the end
-        origin = {"commit": commit(), "sources": sources(), "device": device}
-        same = all(held.get(key) == value for key, value in origin.items())
-        self.content: dict[str, Any] = origin | {
-            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version(),
+        self.origin = {"sources": sources(), "device": device}
+        self.content: dict[str, Any] = self.origin | {
+            "commit": commit(), "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version(),
             "minutes": minutes, "earlier": held.get("earlier", []), "stages": held.get("stages", []),
         }  # fmt: skip
         if held:
             kept = ("began", "commit", "sources", "minutes", "seconds")
             self.content["earlier"].append({key: held[key] for key in kept})
-        self.passed = {row["name"] for row in held.get("stages", []) if row["state"] == "passed" and same}
+        passed = self.origin | {"state": "passed"}
+        self.passed = {row["name"] for row in held.get("stages", []) if passed.items() <= row.items()}
         self.running: list[Running] = []
         self.selector = selectors.DefaultSelector()
         kill_marked(f"{self.file}|")  # they would take their share of the GPU from what is timed now
@@ -125,7 +125,7 @@ class Session:
         self.log.write(line.encode())
 
     def run(self, wanted: Iterable[Stage]) -> None:
-        """Run stages in order; returns when all have ended."""
+        """Run stages in order, but for those that have passed before; returns when all have ended."""
         for stage in wanted:
             if stage.name in self.passed:
                 self.say(f"{stage.name}: passed before")
@@ -209,7 +209,8 @@ class Session:
         return next(row for row in self.content["stages"] if row["name"] == name)
 
     def record(self, row: dict[str, Any]) -> None:
-        self.content["stages"] = [held for held in self.content["stages"] if held["name"] != row["name"]] + [row]
+        kept = [held for held in self.content["stages"] if held["name"] != row["name"]]
+        self.content["stages"] = [*kept, row | self.origin]
         self.write()
         if row["state"] != "running":
             last = (row.get("tail") or [""])[-1][:200]
