@@ -23,7 +23,12 @@ def _finished(tensor: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, dim: int, group: str) -> Tensor:
-    return _finished(_all_gather(x.contiguous(), dim, group))
+    # The collective puts the parts one after the other along dimension 0. Its own option to gather along another dimension
+    # calls a function that Dynamo of torch 2.11 refuses to trace; what follows are the operations of that function.
+    parts = _finished(_all_gather(x.contiguous(), 0, group))
+    if x.shape[:dim].numel() == 1:  # in memory that is already the order
+        return parts.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    return torch.cat(parts.split(len(x)), dim)
 
 
 def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:

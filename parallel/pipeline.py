@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -100,6 +101,36 @@ def _shell(module: Any) -> Any:
     return shell
 
 
+class Stage(PipelineStage):
+    """A stage of torch.distributed.pipelining, with two repairs for torch 2.11 that change nothing in later versions."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Messages that open the connections to the neighbouring stages, without those to a stage on the same device.
+
+        zbv has two neighbouring stages on the last device, and gloo cannot send from a process to itself ("Pair is not
+        connected").
+        """
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """The backward of one micro-batch, or its part for the inputs or for the weights.
+
+        The first part leaves nodes of the autograd graph at which the second begins, and detaches the outputs. On torch 2.11
+        a node of an `autograd.Function`, as a compiled block or a transformed layer is one, does not keep its graph alive
+        ("Attribute '_input_metadata' is invalid"): the edges of the outputs do, beside those nodes until the second part.
+        """
+        edges = []
+        if backward_type == "input":
+            edges = [get_gradient_edge(out) for out in bwd_kwargs["stage_output"] if out.requires_grad]
+        grads, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        for group in groups or ():
+            if any(isinstance(node, torch._C._FunctionBase) for node in group["intermediates"]):
+                group["edges"] = edges
+        return grads, groups
+
+
 class Pipeline:
     """This device's stages and the schedule that runs them.
 
@@ -138,7 +169,7 @@ class Pipeline:
             if last:
                 part.register_forward_hook(lambda module, args, loss: loss.reshape(1))  # a result that can be merged
             stages.append(
-                PipelineStage(
+                Stage(
                     part,
                     index,
                     num_stages,

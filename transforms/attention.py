@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transforms.effect import after, made_again, noted_places, saved
+from transforms.effect import after, made_again, noted_places, saved, separate
 from transforms.operands import lane_numbers
 from transforms.product import Place, Product, ProductCode
 from transforms.quantise import Quantise, QuantiseCode, passing
@@ -123,7 +123,7 @@ class TransformedAttention(torch.autograd.Function):
         ctx.plan, ctx.scale = plan, scale
         *given, tensors = (*arguments[:7], arguments[7:])  # q, k, v, mask, context, tokens, keys, and the effects' own
         ctx.save_for_backward(*given, *saved(tensors, plan.noted))
-        return transformed_attention(plan, observing, scale, *arguments)
+        return separate(transformed_attention(plan, observing, scale, *arguments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

@@ -30,6 +30,16 @@ def made_again(value: Tensor, grad: Tensor) -> Tensor:
     return value * after(torch.ones((), dtype=value.dtype, device=value.device), grad)
 
 
+def separate(result: Tensor) -> Tensor:
+    """The result of an `autograd.Function` as a tensor object that nothing else in its forward is, without a copy.
+
+    A cast to the dtype that a tensor already has returns that tensor. On torch 2.11 Dynamo makes all intermediates of the
+    forward outputs of the traced function; where the result is one of them it is an output twice, autograd hands the
+    gradient to the second, and the backward is traced with zeros. Eager code has no such outputs.
+    """
+    return result.view_as(result) if torch.compiler.is_compiling() else result
+
+
 class Code(ABC):
     """The pure functions of an effect on one operand, and all that compiled code may depend on: equal codes share
     compiled code. Subclasses are frozen dataclasses.

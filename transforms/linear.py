@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transforms.effect import Code, Slots, after, made_again, saved
+from transforms.effect import Code, Slots, after, made_again, saved, separate
 from transforms.product import Place, ProductCode, pack, unpack
 from transforms.quantise import passing
 
@@ -108,7 +108,7 @@ class TransformedLinear(torch.autograd.Function):
         ctx.plan = plan
         y, kept = _forward(plan, observing, x, weight, bias, (context, tokens), tensors)
         ctx.save_for_backward(x, weight, context, tokens, kept, *saved(tensors, plan.noted))
-        return y
+        return separate(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -193,7 +193,7 @@ class TransformedOutput(torch.autograd.Function):
         found, kept = code.through(y, own, (context, tokens), observing)
         strength = code.read(own).strength if isinstance(code, Slots) else None
         ctx.save_for_backward(None if kept is None else pack(kept), strength)
-        return found
+        return separate(found)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

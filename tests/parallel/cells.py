@@ -35,6 +35,8 @@ INDUCTOR = {"compile__enabled": "true"}
 DOCUMENTS = {"training__document_mask": "true"}
 PIPELINE = _parallel(pipeline=2) | {"training__micro_batch_size": 2}
 ZERO_BUBBLE = PIPELINE | {"parallel__pipeline_schedule": "zero_bubble"}
+# The layers' backward is their own function, which schedules with a backward in two parts take apart.
+FAILING_WEIGHTS = {"transforms": '[{ kind = "bitflip", weight = { mantissa = 0.001 } }]'}
 # Scales of inputs and gradients belong to a device's own rows, so layouts round differently (docs/parallelism.md).
 FLOAT8 = {"loss": 0.1, "first_gradient": 0.03, "gradient": None}
 
@@ -79,6 +81,7 @@ CELLS = [
     Cell("PP 2, zero bubble", 2, ZERO_BUBBLE),
     Cell("PP 2, zbv", 2, PIPELINE | {"parallel__pipeline_schedule": "zbv"}),
     Cell("PP 2, zero bubble, full checkpointing", 2, ZERO_BUBBLE | _checkpointed("full"), slow=True),
+    Cell("PP 2, zero bubble, weights that fail", 2, ZERO_BUBBLE, FAILING_WEIGHTS, slow=True),
     Cell("PP 2, zero bubble, compiled, selective", 2, ZERO_BUBBLE | AOT | _checkpointed("selective"), slow=True),
     Cell("PP 2, full checkpointing", 2, PIPELINE | _checkpointed("full"), slow=True),
     # Documents

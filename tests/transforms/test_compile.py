@@ -10,6 +10,8 @@ from torch._dynamo.utils import counters
 
 from transforms.bitflip import Bitflip, bit_probabilities
 from transforms.context import Noise
+from transforms.linear import TransformedOutput
+from transforms.scales import Scaling
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -87,6 +89,26 @@ def test_gradients_of_interleaved_forwards_and_backwards(mesh, tmp_path, text_co
     for order in ("f0 f1 b0 b1", "f0 f1 b1 b0"):
         for expected, found in zip(apart, gradients(order), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_through_a_result_that_is_an_intermediate(dtype):
+    """The last step of this effect casts to the dtype that the result may already have, and no threshold follows it. On
+    torch 2.11 the gradient of such a result was lost where it was compiled (`transforms.effect.separate`)."""
+    noise = Noise(0)
+    noise.begin(3, 4, torch.device("cpu"))
+    probabilities = bit_probabilities("int8", 0.001, 0.001)
+    effect = Bitflip(noise, "layer", "out", "int8", probabilities, scaling=Scaling("row"))
+    effect.fill(0, "train")
+    value, grad = torch.randn(2, 8, 64, dtype=dtype, requires_grad=True), torch.randn(2, 8, 64, dtype=dtype)
+
+    def through(value: torch.Tensor) -> torch.Tensor:
+        return TransformedOutput.apply(effect.code, False, value, *noise.place(), *effect.tensors)
+
+    (expected,) = torch.autograd.grad(through(value), value, grad)
+    (found,) = torch.autograd.grad(torch.compile(through, fullgraph=True, backend="aot_eager")(value), value, grad)
+    assert torch.equal(expected, grad), "it passes the gradient on"
+    assert torch.equal(found, grad)
 
 
 def test_operations_are_what_the_compiler_takes_them_for():
