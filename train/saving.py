@@ -257,7 +257,7 @@ class Checkpoints:
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"{OPTIMIZER_PREFIX}{name}.{key}", value
 
     # The thread's side
