@@ -15,8 +15,9 @@ max|x| / 127.5 per token) are not offered. Its own layouts of two codes to a byt
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def write_packed(
     """
     stored = {name: tensor.detach() for name, tensor in tensors.items()}
     metadata: dict[str, str] = {}
+    other_layers = patterns_of(other_layers, layers)
     if layout.name == BITNET:
         config = _bitnet_config(layout, other_layers)
         for name, packed in layers.items():
@@ -115,6 +117,20 @@ def write_packed(
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", settings | {"quantization_config": config})
     return total
+
+
+def patterns_of(left_out: list[str], packed: Iterable[str]) -> list[str]:
+    """Names of layers that are not packed as `modules_to_not_convert` has them, so that no packed layer is left out as well.
+
+    transformers takes each as a regular expression for the beginning of a layer's name, and as its end. Up to 5.17 at least a
+    beginning need not end with a part of the name, so that "up_proj" leaves out "up_proj_2". A name that begins or ends that
+    of a packed layer therefore says where it ends; all others are written plainly.
+    """
+    names = list(packed)
+    return [
+        re.escape(name) + r"(?=\.|$)" if any(n.startswith(name) or n.endswith(name) for n in names) else name
+        for name in left_out
+    ]
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.packed import BITNET, METAL, TORCHAO, Layout, PackedWeight, pack_ternary, write_packed
+from train.packed import BITNET, METAL, TORCHAO, Layout, PackedWeight, pack_ternary, patterns_of, write_packed
 
 LOAD = """
 import sys
@@ -233,9 +233,18 @@ def test_a_large_model_is_written_in_several_files(model, tmp_path, monkeypatch)
 def test_layers_left_out_of_bitnet_are_just_those():
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    names = [f"model.layers.{i}.mlp.{part}" for i in range(12) for part in ("up_proj", "up_proj_2")]
+    names = [f"model.layers.{i}.mlp.{part}" for i in range(12) for part in ("up_proj", "up_proj_2")] + ["model.lm_head"]
     left_out = ["model.layers.1.mlp.up_proj", "lm_head"]
-    assert [name for name in names if not should_convert_module(name, left_out)] == left_out[:1]
+    patterns = patterns_of(left_out, [name for name in names if name not in left_out])
+    assert [name for name in [*names, "lm_head"] if not should_convert_module(name, patterns)] == left_out
+    # torchao's reader asks for parameters.
+    assert not should_convert_module(f"{left_out[0]}.weight", patterns)
+    assert should_convert_module(f"{left_out[0]}_2.weight", patterns)
+
+
+def test_names_that_are_no_other_names_beginning_are_written_plainly():
+    left_out = ["lm_head", "model.layers.1.mlp.up_proj"]
+    assert patterns_of(left_out, ["model.layers.11.mlp.up_proj", "model.layers.1.mlp.down_proj"]) == left_out
 
 
 def ternary(out: int, inputs: int) -> PackedWeight:
