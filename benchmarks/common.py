@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -78,10 +79,35 @@ def commit() -> str:
         return os.environ.get("COMMIT", "")
 
 
+MEASURED = ("benchmarks", "configs", "models", "parallel", "train", "transforms")
+"""Folders whose files decide what a measurement is."""
+
+
+def sources(*folders: str) -> str:
+    """A fingerprint of all code and configuration in some folders; a copy of a checkout may have no history with it."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml", ".sh"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def query_gpu() -> tuple[str, int] | None:
+    """Name and bytes of the first GPU by its driver, or None without one; without torch, whose start takes seconds."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    name, _, mebibytes = done.stdout.partition("\n")[0].rpartition(", ")
+    return name, int(mebibytes) * 2**20
+
+
 def origin(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
     """When, of what and on what something is measured."""
     return {
-        "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "device": device,
+        "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "sources": sources(*MEASURED), "device": device,
         "versions": {package: version(package) for package in packages},
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(ROOT), str(ROOT / "benchmarks"))]
 
-from benchmarks.common import commit  # noqa: E402
+from benchmarks.common import MEASURED, commit, query_gpu, sources  # noqa: E402
 from benchmarks.gpu_models import DEFAULT_MODELS, MODELS, Setting, gains, planned_memory  # noqa: E402
 from benchmarks.gpu_results import GIB, RECIPES, Results, config_lines, markdown, outcome, show_table  # noqa: E402
 from models.sizes import num_parameters  # noqa: E402
@@ -49,17 +49,6 @@ EXIT_FAILED, EXIT_UNFINISHED = 1, 75
 
 class OutOfTime(Exception):
     """The minutes are over."""
-
-
-def query_gpu() -> tuple[str, int] | None:
-    """Name and bytes of the first GPU by its driver, or None without one; without torch, whose start takes seconds."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    name, _, mebibytes = done.stdout.partition("\n")[0].rpartition(", ")
-    return name, int(mebibytes) * 2**20
 
 
 class Campaign:
@@ -78,7 +67,10 @@ class Campaign:
             "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "command": " ".join(sys.argv),
             "environment": {key: value for key, value in self.environment().items() if named.match(key)},
         }  # fmt: skip
-        self.results = Results(self.path, extra, options.resume or bool(options.profile))
+        self.sources = sources(*MEASURED)
+        self.results = Results(self.path, extra, options.resume or bool(options.profile), self.sources)
+        if gpu is not None:
+            self.results.check_device(gpu[0])
         self.longest, self.failed = 0.0, False
 
     def flags(self, name: str, setting: Setting) -> list[str]:
@@ -104,6 +96,7 @@ class Campaign:
                 "flags": " ".join(flags),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": commit(),
+                "sources": self.sources,
             }
             row |= self.refused(name, setting) or self.run_measurement(flags, setting)
             if "compute_dtype" in row and setting.float8 == "none":

@@ -35,9 +35,11 @@ class Results:
         path: read if it exists and `resume` says so, written after each measurement.
         extra: flags of the configuration that all measurements have in common.
         resume: go on with the file.
+        sources: fingerprint of the code that measures. What other code has measured is made again, and until then no best.
     """
 
-    def __init__(self, path: Path, extra: list[str], resume: bool):
+    def __init__(self, path: Path, extra: list[str], resume: bool, sources: str):
+        self.sources = sources
         self.path, self.content = path, {"extra_flags": " ".join(extra), "measurements": []}
         if not path.exists():
             return
@@ -62,18 +64,27 @@ class Results:
         """
         if not self.known:
             self.content = machine | self.content
-        old, new = ((c["device"], c["versions"]["torch"]) for c in (self.content, machine))
+        self.check_device(machine["device"])
+        old, new = ((c["versions"]["torch"]) for c in (self.content, machine))
         if old != new:
-            raise SystemExit(
-                f"{self.path} was measured on {old[0]} with torch {old[1]}, this is {new[0]} with torch {new[1]}"
-            )
+            raise SystemExit(f"{self.path} was measured with torch {old}, this is torch {new}")
+
+    def check_device(self, name: str) -> None:
+        """
+        Raises:
+            SystemExit: the file is of another device.
+        """
+        if self.known and self.content["device"] != name:
+            raise SystemExit(f"{self.path} was measured on {self.content['device']}, this is {name}")
 
     @property
     def measurements(self) -> list[dict[str, Any]]:
         return self.content["measurements"]
 
     def find(self, flags: list[str]) -> dict[str, Any] | None:
-        return next((row for row in self.measurements if row["flags"] == " ".join(flags)), None)
+        """What this code has measured with some flags."""
+        wanted = {"flags": " ".join(flags), "sources": self.sources}
+        return next((row for row in self.measurements if wanted.items() <= row.items()), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Take in a measurement, mark the best ones anew, and write the file."""
@@ -84,7 +95,7 @@ class Results:
     def best(self, model: str, float8: str = "none") -> dict[str, Any] | None:
         """The fastest measurement of a model, by float8 recipe."""
         rows = [r for r in self.measurements if r["model"] == model and r["setting"]["float8"] == float8]
-        rows = [row for row in rows if row["status"] == "measured"]
+        rows = [row for row in rows if row["status"] == "measured" and row.get("sources") == self.sources]
         return max(rows, key=lambda row: row["tokens_per_second_per_gpu"], default=None)
 
     def _best(self) -> list[dict[str, Any]]:
@@ -187,10 +198,10 @@ def markdown(content: dict[str, Any]) -> str:
 def config_lines(results: Results) -> str:
     """TOML of the best setting of each model, without float8, for its configuration."""
     parts = []
-    for name, model in MODELS.items():
-        if (row := results.best(name)) is None:
+    for row in results.measurements:
+        s, model = Setting(**row["setting"]), MODELS[row["model"]]
+        if not row.get("best") or s.float8 != "none":
             continue
-        s = Setting(**row["setting"])
         file = f"{model.family}_{model.size}".lower().replace(".", "_")
         parts.append(
             f"# configs/{file}.toml: {row['tokens_per_second_per_gpu']:,.0f} tokens/s on one {results.content['device']}\n"

@@ -14,7 +14,6 @@ running when this script was killed are ended first. Exit codes: 0, all stages p
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [entry for entry in sys.path if entry not in (str(ROOT), str(ROOT / "benchmarks"))]
 
-from benchmarks.common import commit, write_json  # noqa: E402
+from benchmarks.common import MEASURED, commit, query_gpu, sources, write_json  # noqa: E402
 from benchmarks.gpu_stages import Stage, stages  # noqa: E402
 
 GRACE = 6.0
@@ -47,7 +46,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo",
 }  # fmt: skip
-SOURCES = ("benchmarks", "configs", "models", "parallel", "tests", "train", "transforms")
 
 
 @dataclass
@@ -93,7 +91,8 @@ class Session:
         self.file = out / "summary.json"
         held = json.loads(self.file.read_text(encoding="utf-8")) if resume and self.file.exists() else {}
         self.log: BinaryIO = open(out / "log.txt", "ab" if resume else "wb", buffering=0)  # noqa: SIM115 - until the end
-        self.origin = {"sources": sources(), "device": device}
+        gpu = query_gpu() if device == "cuda" else None
+        self.origin = {"sources": sources(*MEASURED, "tests"), "device": gpu[0] if gpu else device}
         self.content: dict[str, Any] = self.origin | {
             "commit": commit(), "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version(),
             "minutes": minutes, "earlier": held.get("earlier", []), "stages": held.get("stages", []),
@@ -188,8 +187,12 @@ class Session:
             time.sleep(0.05)
 
     def finish(self, running: Running, state: str) -> None:
-        kill_marked(f"{self.file}|{running.stage.name}|")
-        running.process.wait()
+        if kill_marked(f"{self.file}|{running.stage.name}|"):
+            state += ", processes cannot be killed"
+        with suppress(subprocess.TimeoutExpired):
+            running.process.wait(1.0)
+        for scratch in self.file.parent.glob("*.writing"):  # of a result that was just being written
+            scratch.unlink(missing_ok=True)
         self.pass_on(running, running.rest())
         assert running.process.stdout is not None
         self.selector.unregister(running.process.stdout)
@@ -225,13 +228,19 @@ class Session:
         self.log.close()
 
 
-def kill_marked(mark: str) -> None:
-    """Kill every process that began under a mark, in whatever group, until none is left: one may just start another."""
-    while pids := marked(mark):
+def kill_marked(mark: str, patience: float = 10.0) -> list[int]:
+    """Kill every process that began under a mark, in whatever group, until none is left: one may just start another.
+
+    Returns:
+        Those that are still there after some seconds: a process that waits inside a driver does not end.
+    """
+    deadline = time.monotonic() + patience
+    while (pids := marked(mark)) and time.monotonic() < deadline:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+    return pids
 
 
 def marked(mark: str) -> list[int]:
@@ -245,16 +254,6 @@ def marked(mark: str) -> list[int]:
             if any(variable.startswith(wanted) for variable in variables):
                 found.append(int(folder.name))
     return found
-
-
-def sources() -> str:
-    """A fingerprint of all that stages run; a checkout may have no history with it."""
-    digest = hashlib.sha256()
-    for room in SOURCES:
-        for path in sorted((ROOT / room).rglob("*")):
-            if path.suffix in (".py", ".toml", ".sh"):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def main() -> None:

@@ -16,11 +16,13 @@ export SESSION_CACHE=${SESSION_CACHE:-/tmp/session_cache}
 # The paths are part of what the compiler's caches are found by.
 export TORCHINDUCTOR_CACHE_DIR=$SESSION_CACHE/inductor TRITON_CACHE_DIR=$SESSION_CACHE/triton
 mkdir -p "$SESSION_CACHE" "$OUT"
-if compgen -G '.session/caches.tar.gz.*' >/dev/null; then cat .session/caches.tar.gz.* | tar -xz -C "$SESSION_CACHE"; fi
+if compgen -G '.session/caches.tar.gz.*' >/dev/null; then
+  cat .session/caches.tar.gz.* | tar -xz -C "$SESSION_CACHE" || echo "the compiled code of part 1 cannot be used: it is compiled again"
+fi
 # Results of part 1 come first, so that part 2 goes on from them.
 for file in .session/*.json .session/log.txt; do
   if [ -f "$file" ] && [ ! -e "$OUT/$(basename "$file")" ]; then cp "$file" "$OUT/"; fi
 done
-if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv; fi
+if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true; fi
 exec "$python" benchmarks/gpu_session.py --out "$OUT" --part "${PART:-1}" --minutes "${MINUTES:-7.5}" \
   --device "${DEVICE:-cuda}" --resume "$@"

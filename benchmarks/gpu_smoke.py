@@ -37,13 +37,13 @@ REPEATS = 10
 
 
 class Smoke:
-    """The parts, each a method that returns what belongs into the result file.
+    """The parts of the check, each a method that returns its figures for the result file.
 
     Args:
-        device: what is looked at.
-        tokens: of one micro-batch in the matmuls; 98,304 are 48 rows of 2,048.
-        rows, length: of the attention.
-        bytes: of the copy.
+        device: the GPU, or the CPU in a dry run.
+        tokens: rows of the matmuls' input; a micro-batch of 48 sequences of 2,048 tokens has 98,304.
+        rows, length: sequences of the attention, and their tokens.
+        num_bytes: size of the copied tensor.
     """
 
     def __init__(self, device: torch.device, tokens: int, rows: int, length: int, num_bytes: int):

@@ -3,7 +3,7 @@
     python benchmarks/keep_caches.py FOLDER OUT.tar.gz      FOLDER holds inductor/ and triton/
 
 The archive is written in pieces of 15 MiB, OUT.tar.gz.0 and so on (`cat OUT.tar.gz.* | tar -xz` unpacks them). More than
-three pieces are left out as a whole: compiling again then costs less than carrying them.
+three pieces are not written: compiling again then costs less than carrying them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def pack(folder: Path) -> bytes:
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for old in out.parent.glob(f"{out.name}.*"):
+        old.unlink()
     data = pack(folder)
     if len(data) > MOST * PIECE:
-        print(f"left out: {len(data) / 2**20:.1f} MiB")
-        return
+        raise SystemExit(
+            f"nothing is kept: {len(data) / 2**20:.1f} MiB of compiled code are more than {MOST * PIECE >> 20}"
+        )
     for number, begin in enumerate(range(0, len(data), PIECE)):
         out.with_name(f"{out.name}.{number}").write_bytes(data[begin : begin + PIECE])
     print(f"kept {len(data) / 2**20:.1f} MiB of compiled code")

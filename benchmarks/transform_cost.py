@@ -220,8 +220,10 @@ def main() -> None:
     made = common.origin(device, ("torch", "triton")) | {"flags": options.flags} | {"threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     if options.resume and out.exists():
-        rows = [row for row in json.loads(out.read_text(encoding="utf-8"))["rows"] if not row.get("failed")]
-    done = {(row["model"], row["effect"]) for row in rows}
+        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    # What other code or another device has measured is made again; until then it stays.
+    same = {key: made[key] for key in ("sources", "device", "flags")}
+    done = {(row["model"], row["effect"]) for row in rows if same.items() <= row.items() and not row.get("failed")}
     wanted = [(model, effect) for model in (options.models or MODELS[kind]).split(",") for effect in options.effects]
     longest, unfinished = 0.0, False
     with tempfile.TemporaryDirectory() as folder:
@@ -233,6 +235,7 @@ def main() -> None:
             if started - begin + 0.7 * longest > 60 * options.minutes:
                 unfinished = True
                 break
+            rows = [row for row in rows if (row["model"], row["effect"]) != (model, effect)]
             rows.append(one(model, effect, options, mesh, Path(folder)) | made)
             common.write_json({"rows": rows}, out)
             longest = max(longest, time.monotonic() - started)
@@ -241,7 +244,7 @@ def main() -> None:
         print(summary(row))
     print(f"wrote {out}" + ("; the minutes are over, --resume goes on" if unfinished else ""), flush=True)
     torch.distributed.destroy_process_group()
-    if any(row.get("failed") for row in rows):
+    if any(row.get("failed") for row in rows if (row["model"], row["effect"]) in wanted):
         raise SystemExit(EXIT_FAILED)
     if unfinished:
         raise SystemExit(EXIT_UNFINISHED)

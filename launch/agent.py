@@ -27,7 +27,15 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as launcher_api
 
 from launch.elastic import STOP_SIGNALS, StopRequests
-from train.outcome import EXIT_HANG, EXIT_OTHER, EXIT_PREEMPTED, FINAL, OUTCOME_VARIABLE, read_outcomes
+from train.outcome import (
+    EXIT_HANG,
+    EXIT_OTHER,
+    EXIT_PREEMPTED,
+    FINAL,
+    LAUNCHER_VARIABLE,
+    OUTCOME_VARIABLE,
+    read_outcomes,
+)
 
 SETTLE = 2.0
 """Seconds from a process's failure until its cause must be known: the process that met the cause says so before it ends, on
@@ -90,7 +98,7 @@ class Agent(LocalElasticAgent):
         # A folder for each attempt: what a process of the last one wrote while it was being stopped is not of this one.
         self._told_at, self._passed_on = None, False
         self._folder.mkdir()
-        os.environ[OUTCOME_VARIABLE] = str(self._folder)
+        os.environ[OUTCOME_VARIABLE], os.environ[LAUNCHER_VARIABLE] = str(self._folder), str(os.getpid())
         started = super()._start_workers(worker_group)
         if self._requests.received:  # it came when they were not yet there
             self._send(self._requests.received[-1])

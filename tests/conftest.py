@@ -35,6 +35,20 @@ def pytest_configure(config):
         config.pluginmanager.register(FailuresAtOnce())
 
 
+def cuda_works() -> bool:
+    """Whether no earlier test has left a CUDA error behind, which stays until the process ends."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"this process ends: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def pytest_terminal_summary(terminalreporter):
     found = [f"Python {platform.python_version()}"]
     for package in ("torch", "triton", "torchao", "transformers"):
@@ -63,8 +77,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here"))
 
 
-def pytest_runtest_setup():
-    """Later collections pass over what earlier tests left alive: the compiler keeps millions of objects."""
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not cuda_works():
+        # Every further test of this process would fail as well; pytest-xdist starts another one in its place.
+        os._exit(3)
+    # Later collections pass over what earlier tests left alive: the compiler keeps millions of objects.
     gc.collect()
     gc.freeze()
 

@@ -27,6 +27,9 @@ EXIT_PREEMPTED = 75
 FINAL = (EXIT_SETUP, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_PREEMPTED)
 """Ends that starting the same processes once more cannot change."""
 
+LAUNCHER_VARIABLE = "NEWCOMPUTE_LAUNCHER"
+"""Environment variable with the process id of the launcher."""
+
 OUTCOME_VARIABLE = "NEWCOMPUTE_OUTCOME"
 """Environment variable naming the folder of one attempt on one node, to which each process adds `RANK.json`."""
 
@@ -59,10 +62,15 @@ def stop_without_launcher() -> None:
     Nobody else would end it: a launcher that is killed leaves its processes training, and under SLURM they keep the step, and
     so the job that is to come back, waiting for more than a minute. Elsewhere than on Linux this does nothing.
     """
-    if OUTCOME_VARIABLE not in os.environ or not sys.platform.startswith("linux"):
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None or not sys.platform.startswith("linux"):
         return
     parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+    try:
+        os.kill(int(launcher), 0)
+    except ProcessLookupError:  # it was gone before that
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave_at_once() -> NoReturn:

@@ -244,6 +244,17 @@ def test_a_change_starts_from_the_best_setting_so_far(gpu, tmp_path):
     assert [row.get("best", False) for row in content["measurements"]] == [False, True, False]
 
 
+def test_what_other_code_or_another_device_has_measured_is_not_taken_over(gpu, tmp_path, monkeypatch):
+    out, few = tmp_path / "result.json", ["--models", "60M", "--no-float8", "--no-search"]
+    gpu.run(out, *few, machine=H100, step=lambda request: at(5.0))
+    assert gpu.run(out, *few, "--resume", machine=H100, step=pytest.fail)["best"][0]["tokens_per_second_per_gpu"] == 5.0
+    monkeypatch.setattr(gpu, "sources", lambda *folders: "changed")
+    content = gpu.run(out, *few, "--resume", machine=H100, step=lambda request: at(4.0))
+    assert [row["tokens_per_second_per_gpu"] for row in content["measurements"]] == [4.0]
+    with pytest.raises(SystemExit, match="measured on NVIDIA H100 80GB HBM3, this is NVIDIA H200"):
+        gpu.run(out, *few, "--resume", machine=H100 | {"device": "NVIDIA H200"}, step=pytest.fail)
+
+
 @pytest.mark.parametrize("change", ["rows=4", "cuda_graphs=maybe", "accumulation=two", "accumulation"])
 def test_a_change_that_is_none_is_refused(gpu, change, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--change", change])

@@ -22,9 +22,8 @@ QUICK = [
 def test_ratios_are_recorded_and_not_measured_again(tmp_path):
     out = tmp_path / "cost.json"
     effect = ["--effects", "int8", "--out", str(out)]
-    shown = run_python(
-        SCRIPT, *QUICK, *effect, "--cpu-layers", '{"quickstart": 1}', "--compile.enabled", "false"
-    ).stdout
+    settings = ["--cpu-layers", '{"quickstart": 1}', "--compile.enabled", "false"]
+    shown = run_python(SCRIPT, *QUICK, *effect, *settings).stdout
     (row,) = json.loads(out.read_text())["rows"]
     assert row["transforms"][0]["weight"]["format"] == "int8"
     assert (row["model"], row["effect"], row["layers"], row["tokens"]) == ("quickstart", "int8", 1, 64)
@@ -37,9 +36,11 @@ def test_ratios_are_recorded_and_not_measured_again(tmp_path):
 
     row["ratio_median"] = 123.0  # would be lost if it were measured again
     out.write_text(json.dumps({"rows": [row]}))
-    shown = run_python(SCRIPT, *QUICK, *effect, "--resume").stdout
+    shown = run_python(SCRIPT, *QUICK, *effect, *settings, "--resume").stdout
     assert "ratio 123.000" in shown
     assert json.loads(out.read_text())["rows"] == [row]
+    out.write_text(json.dumps({"rows": [row | {"sources": "of other code"}]}))
+    assert "ratio 123.000" not in run_python(SCRIPT, *QUICK, *effect, *settings, "--resume").stdout
 
 
 @pytest.mark.parametrize("effect", sorted(GOALS))

@@ -36,6 +36,15 @@ MASK = {"training__document_mask": "true"}
 BITFLIP = {"transforms": "bitflip_published"}
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own():
+    """A job sets what is global to its process, and compiles blocks of which one process keeps eight variants at most."""
+    torch._dynamo.reset()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+
+
 def recompute(mode: str) -> dict[str, str]:
     return {"activation_checkpointing__mode": mode}
 
@@ -115,12 +124,23 @@ def test_a_run_agrees_with_the_cpu(name, tmp_path, text_corpus, on_cpu):
         if name.startswith(NEEDS_GPU):
             pytest.skip("needs a GPU")
         changes = changes | EAGER
-    found, wanted = losses(run(tmp_path, text_corpus, DEVICE, changes)), on_cpu(changes)
+    recordings: list[str] = []
+    started = recordings.append
+    torch._dynamo.callback_handler.register_start_callback(note := lambda event: started(event.callback_trigger.name))
+    try:
+        found = losses(run(tmp_path, text_corpus, DEVICE, changes))
+    finally:
+        torch._dynamo.callback_handler.remove_start_callback(note)
+    wanted = on_cpu(changes)
     print(f"{name}: {found} instead of {wanted}")
     assert [step for step, _ in found] == [step for step, _ in wanted]
     for (step, ours), (_, theirs) in zip(found, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance), f"step {step}"
     assert found[STEPS - 1][1] < found[0][1], "it must learn, or the comparison says nothing"
+    # These are given up without an error where they do not work.
+    assert ("CUDAGRAPH_RECORDING" in recordings) == (name == "CUDA graphs")
+    profiles = {file.suffix for file in (tmp_path / "run").rglob("*") if "profiles" in file.parts and file.is_file()}
+    assert profiles >= ({".gz", ".pickle"} if name == "profile" else set())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
