@@ -62,17 +62,7 @@ class Commands:
 
     def tests(self, workers: int, *arguments: str) -> tuple[str, ...]:
         """Tests for a GPU; each failure is printed as soon as it is known."""
-        plain = (
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--failures-at-once",
-            "--tb=short",
-            "--durations",
-            "8",
-            "--timeout",
-            "100",
-        )
+        plain = ("-q", "-p", "no:cacheprovider", "--failures-at-once", "--tb=short", "--durations=8", "--timeout=100")
         mark = () if self.small else ("-m", "gpu")
         return (sys.executable, "-m", "pytest", *plain, *mark, "-n", str(workers), "--dist", "worksteal", *arguments)
 

@@ -214,7 +214,8 @@ def main() -> None:
     else:
         torch.set_float32_matmul_precision("high")
     device = torch.cuda.get_device_name() if kind == "cuda" else common.processor()
-    options.rounds, options.seconds = options.rounds or ROUNDS[kind], options.seconds or SECONDS[kind]
+    options.rounds = options.rounds or ROUNDS[kind]
+    options.seconds = SECONDS[kind] if options.seconds is None else options.seconds
     slug = device.lower().replace(" ", "_") if kind == "cuda" else "cpu"
     out = (options.out or common.RESULTS / f"transform_cost_{slug}.json").absolute()
     made = common.origin(device, ("torch", "triton")) | {"flags": options.flags} | {"threads": torch.get_num_threads()}
