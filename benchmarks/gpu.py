@@ -313,7 +313,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     options, extra = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a measurement under way ends with this process
     campaign = Campaign(options, extra)
     if options.profile:
         show_profile(campaign, options.profile)
@@ -345,4 +344,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a measurement under way ends with this process
     main()

@@ -273,7 +273,6 @@ def main() -> None:
     if unknown := only - {stage.name for stage in planned}:
         parser.error(f"--only: {sorted(unknown)[0]!r} is none of {', '.join(stage.name for stage in planned)}")
     session = Session(out, options.minutes, options.device, options.resume)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = [stage for stage in planned if not only or stage.name in only]
     try:
         session.run(wanted)
@@ -285,4 +284,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stages end with this process
     main()

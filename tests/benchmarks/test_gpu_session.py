@@ -18,7 +18,7 @@ from benchmarks.gpu_session import marked
 from benchmarks.gpu_stages import EFFECTS, stages
 
 DRIVER = """
-import sys
+import signal, sys
 sys.path.insert(0, {root!r})
 from benchmarks import gpu_session
 from benchmarks.gpu_stages import Stage
@@ -30,6 +30,7 @@ def stages(part, out, device):
 
 gpu_session.stages = stages
 gpu_session.GRACE = 1.0
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 gpu_session.main()
 """
 
