@@ -31,6 +31,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
+# Records of requeues are named by the job: not as one that an earlier cluster has left behind.
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -66,8 +68,14 @@ class RealSlurm:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "state").mkdir(parents=True)
-        values = {"host": socket.gethostname(), "user": getpass.getuser(), "folder": folder, "nodes": NODES}
-        (folder / "slurm.conf").write_text(CONFIGURATION.format(ports=free_ports(3), **values))
+        values: dict[str, object] = {
+            "host": socket.gethostname(),
+            "user": getpass.getuser(),
+            "folder": folder,
+            "nodes": NODES,
+        }
+        values |= {"ports": free_ports(3), "first_job": int(time.time()) % 10**7 + 1}
+        (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
         for number in range(2):
             (folder / f"gpu{number}").touch()
