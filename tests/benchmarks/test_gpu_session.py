@@ -188,28 +188,30 @@ def test_a_stage_is_begun_only_where_it_can_come_to_something(tmp_path, part):
 @pytest.mark.slow
 def test_a_dry_run_of_all_stages(tmp_path):
     """As on a GPU machine: without the packages that it lacks, results in one folder, at most eight files of them."""
-    out, blocked = tmp_path / "out", tmp_path / "blocked"
+    first, second, blocked = tmp_path / "first", tmp_path / "second", tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "sitecustomize.py").write_text(
         "import sys\nfor name in ('datasets', 'lm_eval', 'wandb'): sys.modules[name] = None\n"
     )
     environment = os.environ | {
-        "OUT": str(out), "DEVICE": "cpu", "PYTHON": sys.executable, "PYTHONPATH": str(blocked), "MINUTES": "15",
-        "SESSION_CACHE": str(tmp_path / "cache"),
+        "DEVICE": "cpu", "PYTHON": sys.executable, "PYTHONPATH": str(blocked), "MINUTES": "15", "WHEELS": str(tmp_path),
+        "EARLIER": str(first),
     }  # fmt: skip
-    names = []
-    for part in (1, 2):
-        command = ["bash", "benchmarks/gpu_session.sh"]
+    # Part 2 is on a fresh machine, which has of part 1 what that has left in its folder.
+    for part, out in (("1", first), ("2", second)):
+        parts = {"PART": part, "OUT": str(out), "SESSION_CACHE": f"{out}-cache"}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment | {"PART": str(part)}, capture_output=True, text=True, timeout=580
-        )
+            ["bash", "benchmarks/gpu_session.sh"],
+            cwd=ROOT, env=environment | parts, capture_output=True, text=True, timeout=580,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-        names += [stage.name for stage in stages(part, out, "cpu") if stage.name not in names]
-    assert states(out) == dict.fromkeys(names, "passed")
-    assert {file.name for file in out.iterdir()} == {
-        "summary.json", "log.txt", "smoke.json", "gpu.json", "transform_cost.json", "profile_60M.json.gz",
-        "caches.tar.gz.0",
-    }  # fmt: skip
+    names = [stage.name for part in (1, 2) for stage in stages(part, second, "cpu")]
+    assert states(second) == dict.fromkeys(names, "passed")
+    assert "runs: passed before" in (second / "log.txt").read_text()
+    left = {"summary.json", "log.txt", "smoke.json", "gpu.json", "transform_cost.json"}
+    assert {file.name for file in first.iterdir()} == left | {"caches.tar.gz.0"}
+    assert {file.name for file in second.iterdir()} == left | {"profile_60M.json.gz"}
+    out = second
     assert not any("failed" in part for part in json.loads((out / "smoke.json").read_text())["parts"].values())
     measured = json.loads((out / "gpu.json").read_text())
     assert {row["status"] for row in measured["measurements"]} == {"measured", "skipped"}
