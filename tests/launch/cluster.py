@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,16 +27,6 @@ def wait_until(condition: Callable[[], object], what: str, deadline: float = DEA
 
 def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
-
-
-def make_checkout(folder: Path) -> Path:
-    """The launch scripts in a folder whose `train/main.py` is the stand-in for a run."""
-    checkout = folder / "checkout"
-    for name in ("launch", "train", "models", "transforms"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (checkout / "train" / "main.py").write_text(Path(WORKER).read_text().replace("parents[2]", "parents[1]"))
-    (checkout / "notes").mkdir()
-    return checkout
 
 
 class Node:

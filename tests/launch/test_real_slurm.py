@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import lines, make_checkout, wait_until
+from cluster import lines, wait_until
 from support import ROOT, fork_python, losses, read_metrics, run_python, tiny_flags
 
 sys.path.append(str(Path(__file__).parent / "slurm"))
@@ -26,22 +26,6 @@ def slurm(tmp_path_factory):
     cluster = RealSlurm(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.end()
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    return make_checkout(tmp_path)
-
-
-@pytest.fixture
-def submit(slurm, checkout):
-    """Submit `slurm.sh` with plans of `worker.py`, without the check of the hardware."""
-
-    def submit(*plans: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        words = (*OPTIONS, *options, "launch/slurm.sh", str(checkout / "notes"), *plans)
-        return slurm.sbatch(*words, cwd=checkout, **({"PREFLIGHT": "0"} | environment))
-
-    return submit
 
 
 def wait_until_ready(checkout: Path) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from cluster import Slurm, lines, make_checkout, wait_until
+from cluster import Slurm, lines, wait_until
 from support import ROOT
 
-NODES = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=1")
+OPTIONS = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=1")
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 
@@ -25,22 +24,6 @@ def slurm(tmp_path, monkeypatch):
     cluster.end()
     for job in cluster.jobs:
         (ROOT / f"slurm-{job}.requeues").unlink(missing_ok=True)
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    return make_checkout(tmp_path)
-
-
-@pytest.fixture
-def submit(slurm, checkout):
-    """Submit `slurm.sh` with plans of `worker.py`, without the check of the hardware."""
-
-    def submit(*plans: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        words = (*NODES, *options, "launch/slurm.sh", str(checkout / "notes"), *plans)
-        return slurm.sbatch(*words, cwd=checkout, **({"PREFLIGHT": "0"} | environment))
-
-    return submit
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
