@@ -1,11 +1,13 @@
 """Hardware effects on the attention products of transformers models, through its registry of attention functions.
 
 A model with such effects is switched to the registered function. It computes the products of modules that have effects
-(`transforms/attention.py`), and those of the others, or of all while the hardware is off, as "sdpa" does.
+(`transforms/attention.py`), and those of the others, or of all while the hardware is off, with the implementation that the
+model had. Whatever a model gives to its attention beyond what this function understands is refused.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,9 +16,18 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transforms.apply import run_attention
+from transforms.attention import AttentionPlan, transformed_attention
+from transforms.layers import run_attention
 
 NAME = "newcompute"
+_OPERANDS = {"softcap", "s_aux"}
+"""Arguments that this function computes with."""
+_NO_PART = {
+    "cache_position", "is_causal", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "return_loss", "sliding_window", "use_cache",
+}  # fmt: skip
+"""Arguments without a part in the products: others act before, and a window is in the mask."""
+_EXACT = AttentionPlan(None, None, None, None, None, None, (0,) * 6)
 
 
 def attention(
@@ -34,17 +45,37 @@ def attention(
     Raises:
         ValueError: the attention adds something of its own to the products.
     """
-    if not hasattr(module, "attention_effects") or module.noise.clean:
-        usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    noise = module.noise if hasattr(module, "attention_effects") else None
+    if noise is None or (noise.clean and not noise.exact):
+        usual = usual_attention(module)
         return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    given = {name for name, argument in kwargs.items() if argument is not None and argument is not False}
+    unknown = sorted(given - _OPERANDS - _NO_PART)
     if unknown or dropout:
-        raise ValueError(f"attention with {', '.join(unknown) or 'dropout'} cannot run on simulated hardware")
+        raise ValueError(
+            f"the attention of {type(module).__name__} takes {', '.join(unknown) or 'dropout'}, which effects on its products "
+            "know nothing of: set attention = false, or leave attention out"
+        )
     causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
     if attention_mask is None and not causal:
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return run_attention(module, query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+    softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    if noise.exact:
+        found = transformed_attention(
+            _EXACT, False, scale, softcap, query, key, value, attention_mask, sinks, None, None, None
+        )
+    else:
+        found = run_attention(module, query, key, value, attention_mask, scale, softcap, sinks)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def usual_attention(module: Any) -> Any:
+    """The function that computes a module's attention where no effect does."""
+    implementation = module.usual_attention
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 AttentionInterface.register(NAME, attention)

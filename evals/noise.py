@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evals.implementations import Implementations, probe
 from parallel.names import LEARNED, named_parameters
 from transforms.apply import apply, remove
+from transforms.audit import Audit, check
 from transforms.noise import philox_4x32
 from transforms.specs import Hardware, LoraSpec
 
@@ -85,8 +87,9 @@ class NoisyModel:
     before the first; `clean` gives a context without hardware effects. `detach` leaves the model as it was.
 
     Raises:
-        TransformError: a transform does not fit the model, which is as before then.
-        ValueError: the model computes in a way that bypasses its linear layers, or `ranges` are not those of this model.
+        TransformError: a transform does not fit the model, or an effect would not act on it.
+        ValueError: the model's attention or experts compute something that ours do not, or `ranges` are not those of this
+            model. The model is as before then.
     """
 
     def __init__(
@@ -97,36 +100,49 @@ class NoisyModel:
         ranges: Mapping[str, Tensor] | None = None,
         trained: bool = False,
     ):
-        if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
-            raise ValueError(
-                "BLOOM with slow_but_exact multiplies slices of its weights in a way of its own and would bypass the "
-                "transforms: set slow_but_exact to false in its config.json"
-            )
         self.model = model
         self.noise = apply(model, specs, seed, trained=trained)
         model.to(model.device)  # the effects' tables
-        self._usual_attention = model.config._attn_implementation
-        if self.noise.in_attention:
-            from evals.attention import NAME
-
-            model.set_attn_implementation(NAME)
-        self.known = not self.noise.ranges
-        """Whether the ranges of all converters are known."""
-        if ranges and self.noise.ranges:
-            try:
-                self.load_ranges(ranges)
-            except ValueError:
-                self._restore()
-                raise
-        self.non_finite = torch.zeros((), dtype=torch.bool, device=model.device)
-        """Whether a forward gave logits that are not finite since a chip was last chosen."""
+        self._implementations = Implementations(model, self.noise)
+        self._hooks: list[Any] = []
         self._parameters = inspect.signature(model.forward)
         self._batch: int | None = None
         self._history: History | None = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-        ]
+        self.non_finite = torch.zeros((), dtype=torch.bool, device=model.device)
+        """Whether a forward gave logits that are not finite since a chip was last chosen."""
+        self.known = not self.noise.ranges
+        """Whether the ranges of all converters are known."""
+        try:
+            self._implementations.ours()
+            if ranges and self.noise.ranges:
+                self.load_ranges(ranges)
+            self._hooks += [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after),
+            ]
+            self._implementations.check()
+            self._check_that_all_act()
+        except BaseException:
+            self.detach()
+            raise
+
+    @torch.no_grad()
+    def _check_that_all_act(self) -> None:
+        """
+        Raises:
+            TransformError: a forward does not meet every effect that is listed.
+        """
+        ids, mask = probe(self.model)
+        audit = Audit(self.model)
+        self.noise.audit, observing = audit, self.noise.observing
+        self.noise.observing = False
+        try:
+            with audit:
+                self.model(input_ids=ids, attention_mask=mask)
+        finally:
+            self.noise.audit, self.noise.observing = None, observing
+            self.non_finite.zero_()
+        check(audit, self.noise)
 
     def chip(self, number: int) -> None:
         """From now on, the hardware is chip `number`. Chip 0 is the one that persistent faults of a run are of."""
@@ -179,16 +195,13 @@ class NoisyModel:
         self.non_finite.zero_()
 
     def clean(self) -> AbstractContextManager[None]:
-        return self.noise.off()
+        """The model as it is without hardware, computed by its own functions."""
+        return self._implementations.own()
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._restore()
-
-    def _restore(self) -> None:
-        if self.noise.in_attention:
-            self.model.set_attn_implementation(self._usual_attention)
+        self._implementations.usual()
         remove(self.model)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

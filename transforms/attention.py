@@ -2,6 +2,9 @@
 
     S = A_s( T_q(q) T_k(k)^T ),   P = softmax(S / sqrt(E), over the keys that a query sees),   O = A_o( T_p(P) T_v(v) )
 
+Two things that some models add act on the scores before the softmax, exactly: a soft cap, c tanh(S / (c sqrt(E))) (Gemma 2),
+and a sink, one more score for each head that takes part in the softmax and has no value (GPT-OSS).
+
 with quantisers T of `transforms/quantise.py` and converters A of `transforms/product.py`. The range of a converter is that of
 the products as they are, before the division by sqrt(E) and the mask; P has levels on [0, 1]. Softmax is exact, in float32.
 
@@ -84,10 +87,12 @@ def transformed_attention(
     plan: AttentionPlan,
     observing: bool,
     scale: float,
+    softcap: float,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     context: Tensor | None,
     tokens: Tensor | None,
     keys: Tensor | None,
@@ -97,9 +102,11 @@ def transformed_attention(
 
     Args:
         scale: what scores are multiplied with before the softmax.
+        softcap: magnitude that scaled scores stay below; 0: none.
         q: (B, H, T, E).
         k, v: (B, K, S, E), each head for H / K query heads.
         mask: (B or 1, 1 or H, T, S), bool or additive; None is causal: the last query sees the last key.
+        sinks: (H,), the score of each head's sink.
         context, tokens, keys: as `Noise` has them.
     """
     own = plan.split(tensors)
@@ -109,7 +116,7 @@ def transformed_attention(
             if code is not None:
                 code.observe(value, *own[name], context, tokens)
     q, k, v = (_quantised(code, value, own[name], (context, tokens)) for code, name, value in operands)
-    step = _Step(plan, scale, own, (context, tokens), keys)
+    step = _Step(plan, scale, softcap, sinks, own, (context, tokens), keys)
     return torch.cat(
         [step.forward(q, k, v, mask, begin, observing).output for begin in range(0, q.shape[2], QUERIES)], 2
     )
@@ -119,16 +126,19 @@ class TransformedAttention(torch.autograd.Function):
     """`transformed_attention` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, plan: AttentionPlan, observing: bool, scale: float, *arguments: Any) -> Tensor:
-        ctx.plan, ctx.scale = plan, scale
-        *given, tensors = (*arguments[:7], arguments[7:])  # q, k, v, mask, context, tokens, keys, and the effects' own
+    def forward(
+        ctx: Any, plan: AttentionPlan, observing: bool, scale: float, softcap: float, *arguments: Any
+    ) -> Tensor:
+        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
+        # q, k, v, mask, sinks, context, tokens, keys, and the effects' own
+        *given, tensors = (*arguments[:8], arguments[8:])
         ctx.save_for_backward(*given, *saved(tensors, plan.noted))
-        return separate(transformed_attention(plan, observing, scale, *arguments))
+        return separate(transformed_attention(plan, observing, scale, softcap, *arguments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
-        q, k, v, mask, context, tokens, keys, *tensors = ctx.saved_tensors
+        q, k, v, mask, sinks, context, tokens, keys, *tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
             context = context if context is None else after(context, grad)
             q, k, v = (made_again(operand, grad) for operand in (q, k, v))
@@ -138,18 +148,23 @@ class TransformedAttention(torch.autograd.Function):
             (value, lambda g: g) if code is None else code.regenerate(value, *own[name], *place)
             for code, name, value in ((plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v))
         )
-        step = _Step(plan, ctx.scale, own, place, keys)
+        step = _Step(plan, ctx.scale, ctx.softcap, sinks, own, place, keys)
         chosen = exact if plan.clean_gradients else (q, k, v)
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         grad_q, grad_k, grad_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for begin in range(0, q.shape[2], QUERIES):
             done = step.forward(q, k, v, mask, begin, observing=False)
-            of_q, of_k, of_v = step.backward(done, chosen, grad[:, :, begin : begin + QUERIES], begin)
+            of_q, of_k, of_v, of_sinks = step.backward(done, chosen, grad[:, :, begin : begin + QUERIES], begin)
             grad_q.append(of_q)
             visible = of_k.shape[2]
             grad_k[:, :, :visible] += of_k
             grad_v[:, :, :visible] += of_v
+            if grad_sinks is not None:
+                grad_sinks += of_sinks
         grads = pull_q(torch.cat(grad_q, 2).to(q.dtype)), pull_k(grad_k.to(k.dtype)), pull_v(grad_v.to(v.dtype))
-        return None, None, None, *grads, None, None, None, None, *(None for _ in tensors)
+        if grad_sinks is not None:
+            grad_sinks = grad_sinks.to(sinks.dtype)
+        return None, None, None, None, *grads, None, grad_sinks, None, None, None, *(None for _ in tensors)
 
 
 @dataclass
@@ -161,6 +176,8 @@ class _Done:
     exact_probabilities: Tensor
     """(B, H, t, S) float32, before they are rounded."""
     probabilities: Tensor
+    slope: Tensor | None
+    """Derivative of the soft cap at each score."""
     scores_kept: Tensor | None
     """Which scores were not clipped."""
     output_kept: Tensor | None
@@ -172,6 +189,8 @@ class _Step:
 
     plan: AttentionPlan
     scale: float
+    softcap: float
+    sinks: Tensor | None
     own: dict[str, Sequence[Tensor]]
     place: Place
     keys: Tensor | None
@@ -187,17 +206,21 @@ class _Step:
         scores, scores_kept = self._product(
             plan.scores, "scores", part, k.transpose(-1, -2), queries, observing, hidden, total
         )
-        exact = torch.softmax(_masked(scores.float() * self.scale, mask, hidden, queries), -1)
+        scaled, slope = scores.float() * self.scale, None
+        if self.softcap:
+            capped = torch.tanh(scaled / self.softcap)
+            scaled, slope = self.softcap * capped, 1 - capped.square()
+        exact = _softmax(_masked(scaled, mask, hidden, queries), self.sinks)
         rounded = exact
         if plan.probabilities is not None:
             rounded = plan.probabilities.forward(exact, *self.own["probabilities"], *self.place)
         output, output_kept = self._product(plan.context, "context", rounded.to(v.dtype), v, queries, observing)
-        return _Done(output.to(v.dtype), exact, rounded, scores_kept, output_kept)
+        return _Done(output.to(v.dtype), exact, rounded, slope, scores_kept, output_kept)
 
     def backward(
         self, done: _Done, operands: tuple[Tensor, Tensor, Tensor], grad: Tensor, begin: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of these queries, and of the keys and values that they see, float32."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of these queries, of the keys and values that they see, and of the sinks (H,), float32."""
         q, k, v = operands
         exact = done.exact_probabilities
         visible, heads = exact.shape[-1], k.shape[1]
@@ -206,9 +229,14 @@ class _Step:
         multiplied = (exact if self.plan.clean_gradients else done.probabilities).to(v.dtype)
         of_v = _matmul_kv(multiplied.transpose(-1, -2), grad, heads)
         of_p = _matmul(grad, v.transpose(-1, -2)).float()
-        of_s = exact * (of_p - (of_p * exact).sum(-1, keepdim=True)) * self.scale
+        mean = (of_p * exact).sum(-1, keepdim=True)
+        of_sinks = -((1 - exact.sum(-1, keepdim=True)) * mean).sum((0, 2, 3))  # what the softmax gives to no key
+        of_s = exact * (of_p - mean) * self.scale
+        if done.slope is not None:
+            of_s = of_s * done.slope
         of_s = passing(of_s, done.scores_kept, self._strength("scores")).to(k.dtype)
-        return _matmul(of_s, k), _matmul_kv(of_s.transpose(-1, -2), part, heads).float(), of_v.float()
+        of_k = _matmul_kv(of_s.transpose(-1, -2), part, heads).float()
+        return _matmul(of_s, k), of_k, of_v.float(), of_sinks
 
     def _product(
         self,
@@ -301,6 +329,14 @@ def _matmul_kv(left: Tensor, right: Tensor, heads: int) -> Tensor:
     """(B, K, M, N) from (B, H, M, t) and (B, H, t, N): summed over the heads that share keys and values."""
     found = left @ right
     return found if found.shape[1] == heads else found.unflatten(1, (heads, -1)).sum(2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the keys (B, H, t, S), float32, and over a head's sink (H,) where it has one."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    sink = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
 
 
 def _hidden(mask: Tensor | None, queries: slice, rows: int, visible: int, device: torch.device) -> Tensor:

@@ -20,7 +20,9 @@ from transforms.ranges import Moves, Range
 
 if TYPE_CHECKING:
     from transforms.apply import Applied
+    from transforms.audit import Audit
     from transforms.effect import Effect
+    from transforms.selection import Unreached
 
 TRAINING, VALIDATION = "train", "validation"
 WARMUP_LEVELS = 32
@@ -59,6 +61,14 @@ class Noise:
         """What is tracked or learned, under its name in checkpoints."""
         self.in_attention = False
         """Whether effects act on the products of attention."""
+        self.in_experts = False
+        """Whether effects act on experts, which a function of ours has to multiply."""
+        self.exact = False
+        """Whether our functions for attention and experts run without any effect, to be compared with the model's own."""
+        self.unreached: list[Unreached] = []
+        """Weights of the blocks that nothing acts on."""
+        self.audit: Audit | None = None
+        """Who watches which effects act, where somebody does."""
         self._effects: list[Effect] = []
         self._phase = TRAINING
         self._strength = 1.0
@@ -66,6 +76,20 @@ class Noise:
 
     def register(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+    def number_effects(self, transform: int) -> None:
+        """The effects that have no number yet are those of this transform, by its place in the list."""
+        for effect in self._effects:
+            if effect.transform < 0:
+                effect.transform = transform
+
+    @property
+    def effects(self) -> list[Effect]:
+        return list(self._effects)
+
+    def applied_of(self, transform: int) -> Applied:
+        """What a transform was applied to, by its place in the list."""
+        return next(row for row in self.applied if row.transform == transform)
 
     @property
     def random(self) -> bool:

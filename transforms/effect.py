@@ -121,6 +121,8 @@ class Effect(nn.Module):
     persistent = False
     """Whether it belongs to the chip, and not to the step."""
     code: Any
+    transform: int = -1
+    """Place in the list of the transform that it belongs to; -1 until it is known."""
 
     @property
     def random(self) -> bool:

@@ -47,6 +47,22 @@ class Layered(Spec):
         return patterns
 
 
+class HardwareSpec(Layered):
+    """What every kind of hardware may say."""
+
+    unmatched: Literal["refuse", "keep"] = "refuse"
+    """Of a model whose blocks have weights outside linear layers, with more than 1% of all: refuse to leave them exact, or
+    keep them so. Only without `modules`; what given patterns leave out is listed."""
+
+    @model_validator(mode="after")
+    def _unmatched_acts(self) -> HardwareSpec:
+        if self.unmatched == "keep" and self.modules:
+            raise ValueError(
+                "unmatched is for the default choice of layers: with modules, what they leave out is only listed"
+            )
+        return self
+
+
 class CellFaults(Spec):
     """How often the bits of one operand fail."""
 
@@ -60,7 +76,7 @@ class CellFaults(Spec):
     """Every value of at least this magnitude after the faults, and NaN, becomes 0; without it all values pass."""
 
 
-class BitflipSpec(Layered):
+class BitflipSpec(HardwareSpec):
     """Random bit errors of the memory that holds the operands of a linear layer."""
 
     kind: Literal["bitflip"]
@@ -146,7 +162,7 @@ class Quantised(Spec):
         return self
 
 
-class QuantiseSpec(Layered):
+class QuantiseSpec(HardwareSpec):
     """Operands of few bits: they are rounded to a format before they are multiplied."""
 
     kind: Literal["quantise"]
@@ -186,7 +202,7 @@ class QuantiseSpec(Layered):
         return self
 
 
-class OpticalSpec(Layered):
+class OpticalSpec(HardwareSpec):
     """Products by light: operands pass converters of a number of levels, and so does what the detectors read."""
 
     kind: Literal["optical"]
