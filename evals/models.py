@@ -30,6 +30,10 @@ from models.hf import no_safetensors  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
 
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
+"""Names that configurations give the longest sequence by."""
+UNLIMITED_CONTEXT = 2048
+"""Tokens that a model may be given at once whose configuration names no longest sequence, as BLOOM's and Mamba's."""
 MAX_DEFAULT_CONTEXT = 512
 """Tokens of a window of text unless told otherwise, of models made for more."""
 
@@ -133,7 +137,8 @@ def _context(model: Any) -> int:
         positions = getattr(module, "position_embeddings", None)
         if isinstance(positions, torch.nn.Embedding) and positions.padding_idx is not None:
             return positions.num_embeddings - positions.padding_idx - 1
-    return getattr(model.config, "max_position_embeddings", 2048)
+    named = [getattr(model.config, name, None) for name in _CONTEXT_NAMES]
+    return next((length for length in named if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
 
 
 def _named(dtype: str, auto: torch.dtype) -> torch.dtype:

@@ -17,6 +17,8 @@ from transforms.specs import Hardware, LoraSpec, QuantiseSpec, matches, name_pat
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
+_LINEAR = ("Conv1D", "FalconLinear")
+"""Classes of transformers, but for nn.Linear, whose forward is x W + b and nothing else."""
 MOST_UNREACHED = 0.01
 """Share of the blocks' weights that the default selection may leave without effects."""
 
@@ -67,7 +69,7 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
     found_layers = {name: module for name, module in found.items() if not isinstance(module, Slice)}
     for name, module in found_layers.items():
         kind = base_of(module)
-        known = kind is nn.Linear or kind.__name__ == "Conv1D" or hasattr(kind, "multiply")
+        known = kind is nn.Linear or kind.__name__ in _LINEAR or hasattr(kind, "multiply")
         if not known or hasattr(module, "linear_mm_config"):  # float8, by torchao
             raise TransformError(
                 f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
@@ -143,8 +145,10 @@ def unreached(model: nn.Module, layers: Iterable[Any]) -> list[Unreached]:
     owned: Counter[int] = Counter()
     for layer in set(layers):
         if isinstance(layer, Slice):
-            parameter = layer.experts._parameters[layer.parameter]
-            owned[id(parameter)] += parameter.numel() // len(parameter)
+            for name in (layer.parameter, f"{layer.parameter}_bias"):
+                parameter = layer.experts._parameters.get(name)
+                if parameter is not None:
+                    owned[id(parameter)] += parameter.numel() // len(parameter)
         else:
             owned |= Counter({id(p): p.numel() for p in layer._parameters.values() if p is not None})
     total, left, counts = 0, Counter[str](), Counter[str]()
