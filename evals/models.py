@@ -93,6 +93,10 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
                     f"{reference!r} brings Python code of its own, which is not run unless asked for: read it, and if you "
                     "trust it give --trust-remote-code"
                 ) from error
+            if "Unrecognized configuration class" in str(error):
+                raise ValueError(
+                    f"{reference!r} is neither a causal nor a masked language model, and only these can be evaluated"
+                ) from error
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
         _check_complete(model, loaded["missing_keys"], reference)
         if masked and tokenizer.mask_token_id is None:

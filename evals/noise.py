@@ -31,6 +31,7 @@ from evals.implementations import Implementations, probe
 from parallel.names import LEARNED, named_parameters
 from transforms.apply import apply, remove
 from transforms.audit import Audit, check
+from transforms.layers import is_transformed
 from transforms.noise import philox_4x32
 from transforms.specs import Hardware, LoraSpec
 
@@ -108,6 +109,7 @@ class NoisyModel:
         self._parameters = inspect.signature(model.forward)
         self._batch: int | None = None
         self._history: History | None = None
+        self._kept = 0
         self.non_finite = torch.zeros((), dtype=torch.bool, device=model.device)
         """Whether a forward gave logits that are not finite since a chip was last chosen."""
         self.known = not self.noise.ranges
@@ -120,6 +122,9 @@ class NoisyModel:
                 model.register_forward_pre_hook(self._before, with_kwargs=True),
                 model.register_forward_hook(self._after),
             ]
+            head = model.get_output_embeddings()
+            if head is not None:
+                self._hooks += [head.register_forward_pre_hook(self._before_head)]
             self._implementations.check()
             self._check_that_all_act()
         except BaseException:
@@ -143,6 +148,9 @@ class NoisyModel:
             self.noise.audit, self.noise.observing = None, observing
             self.non_finite.zero_()
         check(audit, self.noise)
+        layers = {name: module for name, module in self.model.named_modules() if is_transformed(module)}
+        self.read_only = [name for name, layer in layers.items() if layer not in audit.called]
+        """Layers whose weights the model multiplies by itself."""
 
     def chip(self, number: int) -> None:
         """From now on, the hardware is chip `number`. Chip 0 is the one that persistent faults of a run are of."""
@@ -220,9 +228,16 @@ class NoisyModel:
         self._history = before.extended(ids, _real(given.get("attention_mask"), ids, before.counts.shape[1]))
         tokens = self._history.columns(before.counts.shape[1]).tokens
         self.noise.begin(self._batch or 0, 0, ids.device, group=0, tokens=tokens)
+        self.noise.history = self._history.tokens
+        self._kept = given.get("logits_to_keep") or 0
         self.noise.keys = (self._history.counts - 1).clamp(min=0)
         if self._batch is not None and not self.noise.clean:
             self._batch += 1
+
+    def _before_head(self, module: nn.Module, args: tuple) -> None:
+        """The head may be given the last tokens only."""
+        if self._kept and self.noise.tokens is not None:
+            self.noise.tokens = self.noise.tokens[:, :, -self._kept :]
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave the history with the cache that holds these tokens' keys and values."""

@@ -18,11 +18,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from evals.chips import TransformList
 from evals.models import load_model
+from evals.noise import NoisyModel
 from models.hf import write_json
 from train.export import PROVENANCE, describe, export_folder, is_run_or_checkpoint, open_trained
 from train.packed import BITNET, TORCHAO, Layout, PackedWeight, write_packed
-from transforms.apply import TransformError, is_transformed
 from transforms.devices import NORM_EPS
+from transforms.layers import is_transformed
+from transforms.selection import TransformError
 from transforms.specs import TransformSpec
 
 _INTEGERS = re.compile("int[2-8]|ternary")
@@ -53,6 +55,7 @@ def export_packed(
     loaded = load_model(reference, "cpu", dtype)
     model = loaded.model
     noisy = transforms.attach(loaded)
+    _check_packable(noisy)
     noisy.chip(0)
     noisy.noise.begin(0, 0, torch.device("cpu"))  # weights are looked at without a forward
     layers = {name: packed_weight(name, layer) for name, layer in model.named_modules() if is_transformed(layer)}
@@ -68,6 +71,23 @@ def export_packed(
         # What is packed is a part of the model now: no transforms are left to evaluate it under.
         write_json(folder / PROVENANCE, provenance | {"transforms": [], "packed": transforms.record()})
     return total
+
+
+def _check_packable(noisy: NoisyModel) -> None:
+    """
+    Raises:
+        ValueError: transformers has no packed module that computes what a layer of the model does.
+    """
+    if noisy.noise.in_experts:
+        raise ValueError(
+            "experts are stacked parameters, which none of the packed layouts holds: name the other layers in modules, and "
+            "export those, or the plain weights"
+        )
+    if noisy.read_only:
+        raise ValueError(
+            f"{noisy.read_only[0]}: the model multiplies this layer's weight by itself, and cannot read a packed one: leave the "
+            "layer out of modules"
+        )
 
 
 def layout_of(specs: Sequence[TransformSpec]) -> Layout:

@@ -133,6 +133,7 @@ def remove(model: nn.Module) -> None:
                 "clean_plan",
             ):
                 delattr(module, name)
+            vars(module).pop("heads_dim", None)
 
 
 def _transform(layer: Any, name: str, spec: Hardware | LoraSpec, noise: Noise, stream: str) -> None:

@@ -36,6 +36,8 @@ class Audit(TorchDispatchMode):
         super().__init__()
         self.read: dict[str, str] = {}
         """Operation that read the stored weight of a layer, by the layer's name."""
+        self.called: set[nn.Module] = set()
+        """Layers that were called; the weights of others may have been read through their effects."""
         self._acted: set[int] = set()
         self._depth = 0
         self._stored: dict[int, list[tuple[int, int, str]]] = defaultdict(list)

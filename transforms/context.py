@@ -51,6 +51,8 @@ class Noise:
         """(3,) int64: step, group of the weight noise, number of the micro-batch's first row in the global batch."""
         self.tokens: Tensor | None = None
         """(2, B, T) int64, position and sample of each token; None where rows of one batch follow each other."""
+        self.history: Tensor | None = None
+        """(2, B, S) int64, position and sample of these tokens and of those that a KV cache holds before them."""
         self.columns: Tensor | None = None
         """(T,) int64, columns of the row that this device holds, where that is not all of them (context parallel)."""
         self.applied: list[Applied] = []

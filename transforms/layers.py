@@ -18,6 +18,7 @@ from transforms.attention import TransformedAttention, transformed_attention
 from transforms.context import Noise
 from transforms.experts import Expert
 from transforms.linear import TransformedLinear, TransformedOutput, transformed_linear
+from transforms.operands import tokens_of_heads
 
 Place: TypeAlias = tuple[Tensor | None, Tensor | None]
 """Context and tokens of a forward, as `Noise.place` gives them."""
@@ -114,8 +115,33 @@ def forward(layer: Any, x: Tensor, place: Place | None = None) -> Tensor:
     Args:
         place: context and tokens of these rows, where they are not those of the whole batch.
     """
-    place = layer.noise.place() if place is None else place
+    place = _place_of(layer, x) if place is None else place
     return _through(layer.noise, layer.output_effects, _multiply(layer, x, place), place)
+
+
+def _place_of(layer: Any, x: Tensor) -> Place:
+    """Context and tokens of a layer's inputs (..., in).
+
+    Latent attention multiplies inputs of four dimensions, (batch, heads, sequence, in), also of the tokens that a KV cache
+    holds. Which of them is the sequence an audit finds out, where a batch is long enough to tell.
+
+    Raises:
+        ValueError: the inputs belong to other tokens.
+    """
+    context, tokens = layer.noise.place()
+    if x.dim() < 4 or tokens is None or layer.noise.clean:
+        return context, tokens
+    lead, (_, batch, length) = x.shape[:-1], tokens.shape
+    if layer.noise.audit is not None:
+        layer.heads_dim = next((dim for dim in (1, 2) if lead[:dim] + lead[dim + 1 :] == (batch, length)), None)
+    dim = getattr(layer, "heads_dim", None)
+    if x.dim() == 4 and dim is not None and lead[0] == batch:
+        sequence, history = lead[3 - dim], layer.noise.history
+        if sequence != length and history is not None and sequence <= history.shape[2]:
+            tokens = history[:, :, history.shape[2] - sequence :]
+        if tokens.shape[2] == sequence:
+            return context, tokens_of_heads(lead, dim, tokens)
+    raise ValueError(f"an input of shape {tuple(x.shape)} does not belong to a batch of tokens {(batch, length)}")
 
 
 def weight_effects(layer: Any) -> list[Any]:
@@ -141,8 +167,9 @@ def _multiply(layer: Any, x: Tensor, place: Place | None = None) -> Tensor:
         plan = layer.clean_plan
         effects, of_input = ([e for e in found if e.hardware is False] for found in (effects, of_input))
     effects = [*effects, *of_input, *([layer.product] if plan.product is not None else [])]
-    place = noise.place() if place is None else place
+    place = _place_of(layer, x) if place is None else place
     if noise.audit is not None:
+        noise.audit.called.add(layer)
         with noise.audit.acting(effects):
             return _linear(layer, plan, x, place, effects)
     return _linear(layer, plan, x, place, effects)

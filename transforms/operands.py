@@ -19,6 +19,9 @@ from transforms.sampling import CHUNK, Span, Words, words_of
 
 LANE = 1 << 20
 """Lanes count in the counter word of the position, above positions below 2^20; there are 4096."""
+LANES = 4096
+HEADS = 64
+"""Of the inputs of a linear layer; each may have as many tiles."""
 
 
 class Operand:
@@ -78,11 +81,31 @@ def positions_and_samples(value: Tensor, context: Tensor, tokens: Tensor | None)
         return position, sample
     if len(lead) == 1 and lead[0] == sample.numel():  # flattened, as OPT's first feed-forward layer has it
         return position.flatten(), sample.flatten()
-    if len(lead) == 2 and lead[0] == sample.shape[0] and lead[1] < sample.shape[1]:  # only the last tokens' logits
-        return position[:, -lead[1] :], sample[:, -lead[1] :]
+    if len(lead) == 2 and lead[0] == 1:
+        # Not of the text: a table such as DeBERTa's relative positions, alike for all rows of a batch.
+        return torch.arange(lead[1], device=value.device)[None], torch.zeros(
+            lead, dtype=torch.int64, device=value.device
+        )
     raise ValueError(
         f"an input of shape {tuple(value.shape)} does not belong to a batch of tokens {tuple(sample.shape)}"
     )
+
+
+def tokens_of_heads(lead: torch.Size, dim: int, tokens: Tensor) -> Tensor:
+    """(2, *lead): position and sample of (batch, sequence, heads) or (batch, heads, sequence); each head has lanes of its own.
+
+    Args:
+        dim: that of the heads, 2 or 1.
+        tokens: (2, batch, sequence).
+
+    Raises:
+        ValueError: too many heads.
+    """
+    if lead[dim] > HEADS:
+        raise ValueError(f"an input of {lead[dim]} heads: at most {HEADS} can have noise")
+    lanes = torch.arange(lead[dim], device=tokens.device) * (LANES // HEADS) * LANE
+    position, sample = tokens.unsqueeze(dim + 1)
+    return torch.stack([position + (lanes if dim == 2 else lanes[:, None]), sample.expand(lead)])
 
 
 def within(drawn: Tensor, width: int, skip: int, skips: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transforms.context import Noise
 from transforms.effect import Own, RangedEffect, Slots
 from transforms.formats import Integer
-from transforms.operands import Operand, lane_numbers, positions_and_samples
+from transforms.operands import HEADS, LANES, Operand, lane_numbers, positions_and_samples
 from transforms.quantise import QuantiseCode, passing
 from transforms.quantise import within as inside
 from transforms.ranges import Range
@@ -132,6 +132,10 @@ class ProductCode(Slots, Operand):
             context, tokens = place
             assert context is not None
             position, sample = positions_and_samples(acc, context, tokens)
+            if acc.dim() > 3 and self.first_tile + tile >= LANES // HEADS:
+                raise ValueError(
+                    f"inputs of heads, {tuple(acc.shape)}, may have {LANES // HEADS} tiles: choose a larger tile"
+                )
             lanes = torch.full_like(position, self.first_tile + tile)
             where = (position, sample, context[0])
             whole = lane_numbers(key, lanes, self.first_column + acc.shape[-1], where, normal)
