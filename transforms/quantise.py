@@ -31,6 +31,7 @@ from transforms.scales import Scaling, finite_magnitude
 
 @dataclass(frozen=True)
 class QuantiseCode(Code, Slots, Operand):
+    rounds = True
     form: Format
     scaling: Scaling
     stochastic: bool = False
@@ -74,7 +75,8 @@ class QuantiseCode(Code, Slots, Operand):
         """The numbers that a value is rounded to, in blocks where scales are of blocks, and their scale; both float32."""
         blocks = self.scaling.blocks(value.float())
         scale = self.scaling.scale(blocks, self.form, self.range_of(own, value.device))
-        return self.form.round(self.scaling.divided(blocks, scale), None if uniform is None else self.scaling.blocks(uniform)), scale
+        uniform = None if uniform is None else self.scaling.blocks(uniform)
+        return self.form.round(self.scaling.divided(blocks, scale), uniform), scale
 
     def quantised(self, value: Tensor, own: Own, uniform: Tensor | None) -> Tensor:
         """The value after rounding, float32."""
