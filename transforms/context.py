@@ -138,8 +138,8 @@ class Noise:
         if self.non_finite is None or self.non_finite.device != device:
             with torch.inference_mode(False):
                 self.non_finite = torch.zeros((), dtype=torch.int64, device=device)
-            # Compiled code adds to it; with CUDA graphs only what keeps its address may be written to.
-            torch._dynamo.mark_static_address(self.non_finite)
+            if device.type == "cuda":  # compiled code adds to it, and CUDA graphs write only to what keeps its address
+                torch._dynamo.mark_static_address(self.non_finite)
 
     def take_non_finite(self) -> Tensor:
         """How many rows that are not finite quantisers were given since the last call, (); on the device, not waited for.
