@@ -63,7 +63,7 @@ def attention(
     softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
     if noise.exact:
         found = transformed_attention(
-            _EXACT, False, scale, softcap, query, key, value, attention_mask, sinks, None, None, None
+            _EXACT, False, None, scale, softcap, query, key, value, attention_mask, sinks, None, None, None
         )
     else:
         found = run_attention(module, query, key, value, attention_mask, scale, softcap, sinks)

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,7 +208,18 @@ def text_over_chips(
     if clean is None:
         with noisy.clean():
             clean = evaluate_text(model, files, protocol, batch_size)
-    rows = trials.run(noisy, lambda: evaluate_text(model, files, protocol, batch_size))
+
+    def measure() -> tuple[dict[str, Any], dict[str, int]]:
+        rows: dict[str, Any] = {}
+        odd: dict[str, int] = {}
+        for file in files:
+            evaluate = partial(evaluate_text, model, [file], protocol, batch_size)
+            found, odd[str(file)] = counting_non_finite(noisy, evaluate)
+            rows |= found
+        return rows, odd
+
+    measured = trials.run(noisy, measure)
+    rows = [found for found, _ in measured]
     results = {}
     for file, clean_row in clean.items():
         # Bits per byte are the summed -log p times a constant; perplexity is cut off before it could overflow.
@@ -215,7 +227,8 @@ def text_over_chips(
         figures: dict[str, Any] = {}
         for name in ("perplexity", "bits_per_byte"):
             figures |= over_chips(name, [row[file][name] for row in rows], finite) | {f"{name}_clean": clean_row[name]}
-        results[file] = figures | {"non_finite_chips": finite.count(False), "tokens": clean_row["tokens"]}
+        figures |= {"non_finite_chips": finite.count(False), "tokens": clean_row["tokens"]}
+        results[file] = figures | non_finite_inputs([odd[file] for _, odd in measured])
     return results
 
 
@@ -227,24 +240,36 @@ def tasks_over_chips(
     A chip is left out of a task's figures where one of its logits was not finite: an accuracy would hide that.
     """
 
-    def measure(task: str) -> tuple[dict[str, dict[str, Any]], bool]:
-        found = evaluate_tasks(model, [task], **options)
+    def measure(task: str) -> tuple[dict[str, dict[str, Any]], bool, int]:
+        found, odd = counting_non_finite(noisy, lambda: evaluate_tasks(model, [task], **options))
         finite = not bool(noisy.non_finite)
         noisy.non_finite.zero_()
-        return found, finite
+        return found, finite, odd
 
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:  # one by one, so that each has its own count of chips that are not finite
         with noisy.clean():
-            clean, _ = measure(task)
+            clean, *_ = measure(task)
         trial = trials.run(noisy, lambda task=task: measure(task))  # type: ignore[misc]
         for name, metrics in clean.items():  # a group of tasks has several names
             figures: dict[str, Any] = {}
             for metric, value in metrics.items():
-                values = [found[name][metric] for found, _ in trial]
-                figures |= over_chips(metric, values, [finite for _, finite in trial]) | {f"{metric}_clean": value}
-            results[name] = figures | {"non_finite_chips": sum(not finite for _, finite in trial)}
+                values = [found[name][metric] for found, *_ in trial]
+                figures |= over_chips(metric, values, [finite for _, finite, _ in trial]) | {f"{metric}_clean": value}
+            figures |= {"non_finite_chips": sum(not finite for _, finite, _ in trial)}
+            results[name] = figures | non_finite_inputs([odd for *_, odd in trial])
     return results
+
+
+def counting_non_finite(noisy: NoisyModel, measure: Callable[[], Measured]) -> tuple[Measured, int]:
+    """What a measurement finds, and how many rows with infinity or NaN its forwards gave to quantisers."""
+    noisy.noise.take_non_finite()
+    return measure(), int(noisy.noise.take_non_finite())
+
+
+def non_finite_inputs(per_chip: list[int]) -> dict[str, list[int]]:
+    """Those counts for a result, which has them only where there is one: infinities saturate, so figures do not tell."""
+    return {"non_finite_inputs_per_chip": per_chip} if any(per_chip) else {}
 
 
 def over_chips(name: str, values: Sequence[float], finite: Sequence[bool]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,8 @@ def print_results(result: dict[str, Any]) -> None:
         console.print(_text_table(result["text"], result["protocol"], bool(over_chips)))
     if result["tasks"]:
         console.print(_task_table(result["tasks"], bool(over_chips)))
+    for line in _non_finite_inputs(result):
+        console.print(line, highlight=False, markup=False)
 
 
 def _hardware(result: dict[str, Any]) -> str:
@@ -40,6 +43,15 @@ def _hardware(result: dict[str, Any]) -> str:
     if result["chips"] == 1:
         return f"one chip, number {result['first_chip']}; {seed}"
     return f"mean ± standard deviation over {result['chips']} chips, from chip {result['first_chip']} on; {seed}"
+
+
+def _non_finite_inputs(result: dict[str, Any]) -> Iterator[str]:
+    """What was measured although quantisers were given infinity or NaN, which a finite figure does not show."""
+    for part in ("languages", "text", "tasks"):
+        for name, row in (result.get(part) or {}).items():
+            if counts := row.get("non_finite_inputs_per_chip"):
+                listed = ", ".join(f"{count:,}" for count in counts)
+                yield f"{name}: rows with infinity or NaN on their way into the hardware, per chip: {listed}"
 
 
 def _windows(protocol: dict[str, Any]) -> str:

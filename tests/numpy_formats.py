@@ -60,11 +60,16 @@ def by_groups(value: np.ndarray, table: np.ndarray, size: int) -> np.ndarray:
 
 
 def microscaled(value: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """OCP Microscaling Formats (MX) Specification v1.0, section 6.3, blocks of 32."""
+    """OCP Microscaling Formats (MX) Specification v1.0, section 6.3, blocks of 32; scales are E8M0 (section 5.4.1)."""
     blocks = value.reshape(-1, 32)
-    largest = np.abs(blocks).max(-1, keepdims=True)
-    scale = 2.0 ** (np.floor(np.log2(largest)) - np.floor(np.log2(table[-1])))
+    scale = microscale(np.abs(blocks).max(-1, keepdims=True), table)
     return (nearest(blocks / scale, table) * scale).reshape(value.shape)
+
+
+def microscale(largest: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The power of two for blocks with these largest magnitudes. frexp has fractions from 1/2: both exponents are one up."""
+    exponent = np.frexp(largest.astype(np.float64))[1] - np.frexp(table[-1])[1]
+    return 2.0 ** np.where(largest > 0, exponent, -127).clip(-127, 127)
 
 
 def nvfp4(value: np.ndarray, of_rows: bool) -> np.ndarray:

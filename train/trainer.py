@@ -374,8 +374,9 @@ class Trainer:
 
     def log(self, recorder: Recorder, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
         """Read the step's figures from the device (the one place where the host waits for it) and record them."""
-        figures = torch.cat([grad_norm.view(1), self.mesh.sum_over_data(loss.clone()).view(-1)]).tolist()
-        norm, loss_per_token, *of_teacher = figures
+        odd = torch.zeros(1) if self.noise is None else self.noise.take_non_finite().view(1)
+        summed = self.mesh.sum_over_data(torch.cat([odd.to(loss), loss.view(-1)]))
+        norm, non_finite, loss_per_token, *of_teacher = torch.cat([grad_norm.view(1), summed]).tolist()
         self.check_finite()
         row = {
             "step": self.step,
@@ -386,11 +387,20 @@ class Trainer:
         }
         if of_teacher:
             row["distillation_loss"] = of_teacher[0]
+        if non_finite:
+            row["non_finite_inputs"] = int(non_finite)
         if self.held_out is not None:
             row["bits_per_byte"] = bits_per_byte(loss_per_token, self.held_out.tokens_per_byte)
         recorder.record(row | self.throughput.read(self.step, waited) | self.step_times.read(waited))
         if self.step_times.slow:
             recorder.event(self.step, "slow_rank", self.step_times.slow)
+        if non_finite:
+            recorder.event(
+                self.step,
+                "non_finite_inputs",
+                f"{int(non_finite):,} rows with infinity or NaN entered the hardware effects since the last log: infinities "
+                "saturate there, so neither the loss nor a gradient need show them",
+            )
         spike = self.spikes.seen(loss_per_token)
         if spike:
             recorder.event(self.step, "spike", f"{spike}; {self.where_the_rows_are()}")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transforms.effect import after, made_again, noted_places, saved, separate
+from transforms.effect import Notes, after, made_again, noted_places, saved, separate
 from transforms.operands import lane_numbers
 from transforms.product import Place, Product, ProductCode
 from transforms.quantise import Quantise, QuantiseCode, passing
@@ -86,6 +86,7 @@ class AttentionEffects(nn.Module):
 def transformed_attention(
     plan: AttentionPlan,
     observing: bool,
+    non_finite: Tensor | None,
     scale: float,
     softcap: float,
     q: Tensor,
@@ -101,6 +102,7 @@ def transformed_attention(
     """The forward alone.
 
     Args:
+        observing, non_finite: as `Notes` has them.
         scale: what scores are multiplied with before the softmax.
         softcap: magnitude that scaled scores stay below; 0: none.
         q: (B, H, T, E).
@@ -111,10 +113,9 @@ def transformed_attention(
     """
     own = plan.split(tensors)
     operands = [(plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v)]
-    if observing:
-        for code, name, value in operands:
-            if code is not None:
-                code.observe(value, *own[name], context, tokens)
+    for code, name, value in operands:
+        if code is not None:
+            Notes(observing, non_finite).take(code, value, own[name], (context, tokens))
     q, k, v = (_quantised(code, value, own[name], (context, tokens)) for code, name, value in operands)
     step = _Step(plan, scale, softcap, sinks, own, (context, tokens), keys)
     return torch.cat(
@@ -127,13 +128,19 @@ class TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: AttentionPlan, observing: bool, scale: float, softcap: float, *arguments: Any
+        ctx: Any,
+        plan: AttentionPlan,
+        observing: bool,
+        non_finite: Tensor | None,
+        scale: float,
+        softcap: float,
+        *arguments: Any,
     ) -> Tensor:
         ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
         # q, k, v, mask, sinks, context, tokens, keys, and the effects' own
         *given, tensors = (*arguments[:8], arguments[8:])
         ctx.save_for_backward(*given, *saved(tensors, plan.noted))
-        return separate(transformed_attention(plan, observing, scale, softcap, *arguments))
+        return separate(transformed_attention(plan, observing, non_finite, scale, softcap, *arguments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -164,7 +171,7 @@ class TransformedAttention(torch.autograd.Function):
         grads = pull_q(torch.cat(grad_q, 2).to(q.dtype)), pull_k(grad_k.to(k.dtype)), pull_v(grad_v.to(v.dtype))
         if grad_sinks is not None:
             grad_sinks = grad_sinks.to(sinks.dtype)
-        return None, None, None, None, *grads, None, grad_sinks, None, None, None, *(None for _ in tensors)
+        return None, None, None, None, None, *grads, None, grad_sinks, None, None, None, *(None for _ in tensors)
 
 
 @dataclass

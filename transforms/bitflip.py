@@ -323,6 +323,7 @@ class ScaledCode(Code):
     The codes go through the flips as the low bits of 32-bit words.
     """
 
+    rounds = True
     flips: BitflipCode
     form: Format
     scaling: Scaling
@@ -331,7 +332,8 @@ class ScaledCode(Code):
     def through(self, value: Tensor, own: Any, place: Any, observing: bool) -> tuple[Tensor, Tensor | None]:
         blocks = self.scaling.blocks(value.float())
         scale = self.scaling.scale(blocks, self.form, None)
-        words = self.scaling.unblocked(self.form.encode(self.form.round(blocks / scale)), value.shape[-1])
+        rounded = self.form.round(self.scaling.divided(blocks, scale))
+        words = self.scaling.unblocked(self.form.encode(rounded), value.shape[-1])
         failed = self.flips.forward(words.contiguous().view(torch.float32), *own, *place).view(torch.int32)
         values = self.form.decode(self.scaling.blocks(failed)) * scale
         stored = self.scaling.unblocked(values, value.shape[-1]).to(value.dtype)

@@ -47,6 +47,9 @@ class Noise:
         self.clean = False
         self.observing = False
         """Whether ranges take note of what they see."""
+        self.non_finite: Tensor | None = None
+        """(), int64: rows (tokens of an activation, output channels of a weight) that held infinity or NaN where they
+        entered a quantiser, since it was last read; None before the first forward."""
         self.context: Tensor | None = None
         """(3,) int64: step, group of the weight noise, number of the micro-batch's first row in the global batch."""
         self.tokens: Tensor | None = None
@@ -105,10 +108,12 @@ class Noise:
         self, step: int, first_sample: int, device: torch.device, group: int = 0, tokens: Tensor | None = None
     ) -> None:
         """Say where the next forward stands, with a new tensor. `first_sample` counts rows of the step's global batch."""
+        self._count_on(device)
         self.context, self.tokens = places([(step, group, first_sample)], device)[0], tokens
 
     def stand(self, place: Tensor, rows: int) -> None:
         """As `begin`, from one of `places`, for a batch of `rows` rows or of this device's columns of them."""
+        self._count_on(place.device)
         self.context, self.tokens = place, None
         if self.columns is not None:
             samples = place[2] + torch.arange(rows, device=place.device)
@@ -124,6 +129,30 @@ class Noise:
         if self.context is None and not self.clean:
             raise RuntimeError("a transformed layer was called before Noise.begin said where in the run it stands")
         return self.context, self.tokens
+
+    @property
+    def notes(self) -> tuple[bool, Tensor | None]:
+        """What forwards take note of, as the fields of `Notes`."""
+        return self.observing, self.non_finite
+
+    def _count_on(self, device: torch.device) -> None:
+        """Have a counter on this device; on the host nothing waits for it."""
+        if self.non_finite is None or self.non_finite.device != device:
+            with torch.inference_mode(False):
+                self.non_finite = torch.zeros((), dtype=torch.int64, device=device)
+            if device.type == "cuda":  # compiled code adds to it, and CUDA graphs write only to what keeps its address
+                torch._dynamo.mark_static_address(self.non_finite)
+
+    def take_non_finite(self) -> Tensor:
+        """How many rows that are not finite quantisers were given since the last call, (); on the device, not waited for.
+
+        Counted on this process: every process counts a weight, and the activations of its part of the batch.
+        """
+        if self.non_finite is None:
+            return torch.zeros((), dtype=torch.int64)
+        found = self.non_finite.clone()
+        self.non_finite.zero_()
+        return found
 
     def enter(self, phase: str) -> None:
         """Draw from another seed space from now on: training, validation, or a chip of an evaluation.
@@ -208,14 +237,14 @@ class _Restored(AbstractContextManager):
 
     def __init__(self, noise: Noise, inner: AbstractContextManager):
         self.noise, self.inner = noise, inner
-        self.of_forward = self._read()
-        self.outside: list[tuple[Tensor | None, Tensor | None, bool]] = []
+        self.of_forward = (*self._read()[:3], None)  # what a forward has counted is not counted again
+        self.outside: list[tuple[Tensor | None, Tensor | None, bool, Tensor | None]] = []
 
-    def _read(self) -> tuple[Tensor | None, Tensor | None, bool]:
-        return self.noise.context, self.noise.tokens, self.noise.clean
+    def _read(self) -> tuple[Tensor | None, Tensor | None, bool, Tensor | None]:
+        return self.noise.context, self.noise.tokens, self.noise.clean, self.noise.non_finite
 
-    def _write(self, values: tuple[Tensor | None, Tensor | None, bool]) -> None:
-        self.noise.context, self.noise.tokens, self.noise.clean = values
+    def _write(self, values: tuple[Tensor | None, Tensor | None, bool, Tensor | None]) -> None:
+        self.noise.context, self.noise.tokens, self.noise.clean, self.noise.non_finite = values
 
     def __enter__(self) -> None:
         self.outside.append(self._read())

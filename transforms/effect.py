@@ -50,6 +50,9 @@ class Code(ABC):
     hoistable: ClassVar[bool] = True
     """Whether a part of what it computes needs no random numbers, so that a compiler could keep it from the forward."""
 
+    rounds: ClassVar[bool] = False
+    """Whether it makes other numbers of infinity, so that rows with infinity or NaN are counted where they enter."""
+
     def forward(self, value: Tensor, *rest: Any) -> Tensor:
         """What becomes of a value: `rest` are `own` and `place`."""
         return self.regenerate(value, *rest)[0]
@@ -61,6 +64,25 @@ class Code(ABC):
 
     def observe(self, value: Tensor, *rest: Any) -> None:  # noqa: B027, most effects note nothing
         """Take note of a value in the effect's own tensors; twice is as once, so that a recomputation does no harm."""
+
+
+class Notes(NamedTuple):
+    """What a forward takes note of."""
+
+    observing: bool = False
+    """Ranges note the largest value that they see."""
+    non_finite: Tensor | None = None
+    """(), int64, to which rows that hold infinity or NaN are added; None where nobody counts."""
+
+    def take(self, code: Code, value: Tensor, own: Sequence[Tensor], place: Iterable[Tensor | None]) -> None:
+        """Note a value on its way into an effect."""
+        if self.non_finite is not None and code.rounds and value.numel():
+            exact = value.detach()
+            # Two reductions that the scale's own reduction shares its pass with when compiled; NaN compares as False.
+            finite = (exact.amax(-1) < torch.inf) & (exact.amin(-1) > -torch.inf)
+            self.non_finite.add_((~finite).sum())
+        if self.observing:
+            code.observe(value, *own, *place)
 
 
 class Own(NamedTuple):

@@ -1,8 +1,9 @@
 """Number formats of few bits: rounding to their grid, and their codes.
 
-A format knows nothing of scales: values come already divided by one. Rounding is to the nearest, ties to even (without
-mantissa bits, where no digit is even, away from 0), and saturates, or is stochastic where uniform numbers are given: up
-with the probability that makes the mean exact.
+A format knows nothing of scales: values come already divided by one. Rounding is to the nearest, ties to even (between two
+powers of two without mantissa bits, where no digit is even, to the larger: IEEE 754-2019, section 4.3.1), and saturates,
+infinity too; NaN remains. Where uniform numbers are given rounding is stochastic: up with the probability that makes the
+mean exact.
 
 Floating point follows IEEE 754 down to subnormals. E4M3 and E5M2 have the special codes of the OCP 8-bit specification
 (revision 1.0: E4M3 up to 448 with a NaN and no infinity, E5M2 up to 57344 with both); every other eXmY uses all its codes

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from transforms.attention import TransformedAttention, transformed_attention
 from transforms.context import Noise
+from transforms.effect import Notes
 from transforms.experts import Expert
-from transforms.linear import TransformedLinear, TransformedOutput, transformed_linear
+from transforms.linear import TransformedLinear, TransformedOutput, output_effect, transformed_linear
 from transforms.operands import tokens_of_heads
 
 Place: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -71,7 +72,7 @@ def run_attention(
 
 def _run_attention(noise: Any, effects: Any, *arguments: Any) -> Tensor:
     run = TransformedAttention.apply if torch.is_grad_enabled() else transformed_attention
-    return run(effects.plan, noise.observing, *arguments, *noise.place(), noise.keys, *effects.tensors)
+    return run(effects.plan, *noise.notes, *arguments, *noise.place(), noise.keys, *effects.tensors)
 
 
 @cache
@@ -181,7 +182,7 @@ def _linear(layer: Any, plan: Any, x: Tensor, place: Place, effects: Sequence[An
     tensors = [tensor for effect in effects for tensor in effect.tensors]
     # Without gradients the functions themselves: Dynamo does not trace an autograd.Function there.
     linear = TransformedLinear.apply if torch.is_grad_enabled() else transformed_linear
-    return linear(plan, layer.noise.observing, x, weight, layer.bias, *place, *tensors)
+    return linear(plan, *layer.noise.notes, x, weight, layer.bias, *place, *tensors)
 
 
 def _leave(layer: Any, y: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def _through(noise: Noise, effects: Sequence[Any], y: Tensor, place: Place) -> T
         noise.audit.ran(effects)
     for effect in () if noise.clean else effects:
         if torch.is_grad_enabled():
-            y = TransformedOutput.apply(effect.code, noise.observing, y, *place, *effect.tensors)
+            y = TransformedOutput.apply(effect.code, *noise.notes, y, *place, *effect.tensors)
         else:
-            y, _ = effect.code.through(y, effect.tensors, place, noise.observing)
+            y, _ = output_effect(effect.code, Notes(*noise.notes), y, place, effect.tensors)
     return y

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transforms.effect import Code, Slots, after, made_again, saved, separate
+from transforms.effect import Code, Notes, Slots, after, made_again, saved, separate
 from transforms.product import Place, ProductCode, pack, unpack
 from transforms.quantise import passing
 
@@ -58,6 +58,7 @@ class Plan:
 def transformed_linear(
     plan: Plan,
     observing: bool,
+    non_finite: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,27 +66,30 @@ def transformed_linear(
     tokens: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
-    """The forward alone: x (..., in) -> (..., out). `tensors` are those of the weight's effects, the input's, the product's."""
-    return _forward(plan, observing, x, weight, bias, (context, tokens), tensors)[0]
+    """The forward alone: x (..., in) -> (..., out). `tensors` are those of the weight's effects, the input's, the product's.
+
+    Args:
+        observing, non_finite: as `Notes` has them.
+    """
+    return _forward(plan, Notes(observing, non_finite), x, weight, bias, (context, tokens), tensors)[0]
 
 
 def _forward(
-    plan: Plan, observing: bool, x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, tensors: Tensors
+    plan: Plan, notes: Notes, x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, tensors: Tensors
 ) -> tuple[Tensor, Tensor | None]:
     """(..., out), and what the product's backward needs to know."""
     of_weight, of_input, of_product = plan.split(tensors)
-    weight = _after(plan.weight, of_weight, weight.t() if plan.transposed else weight, place, observing)
-    x = _after(plan.input, of_input, x, place, observing)
+    weight = _after(plan.weight, of_weight, weight.t() if plan.transposed else weight, place, notes)
+    x = _after(plan.input, of_input, x, place, notes)
     if plan.product is None:
         return F.linear(x, weight, bias), None
-    y, kept = plan.product.multiply(x, weight, of_product, place, observing)
+    y, kept = plan.product.multiply(x, weight, of_product, place, notes.observing)
     return y if bias is None else y + bias, kept
 
 
-def _after(codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, observing: bool) -> Tensor:
+def _after(codes: Sequence[Code], tensors: Sequence[Tensors], value: Tensor, place: Place, notes: Notes) -> Tensor:
     for code, own in zip(codes, tensors):
-        if observing:
-            code.observe(value, *own, *place)
+        notes.take(code, value, own, place)
         value = code.forward(value, *own, *place)
     return value
 
@@ -98,6 +102,7 @@ class TransformedLinear(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         observing: bool,
+        non_finite: Tensor | None,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -106,7 +111,7 @@ class TransformedLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.plan = plan
-        y, kept = _forward(plan, observing, x, weight, bias, (context, tokens), tensors)
+        y, kept = _forward(plan, Notes(observing, non_finite), x, weight, bias, (context, tokens), tensors)
         ctx.save_for_backward(x, weight, context, tokens, kept, *saved(tensors, plan.noted))
         return separate(y)
 
@@ -135,14 +140,16 @@ class TransformedLinear(torch.autograd.Function):
         else:
             operands = (x, weight), (chosen_x, chosen_weight)
             of_x, of_w = plan.product.gradients(grad, *operands, kept, of_product, place)
-        if needs[2] or any(needs[7 + num_weight : 7 + num_weight + num_input]):
+        needs_x, needs_weight, needs_bias = needs[3:6]
+        first = 8  # of the effects' tensors among the arguments
+        if needs_x or any(needs[first + num_weight : first + num_weight + num_input]):
             grad_x, tensor_grads[num_weight : num_weight + num_input] = pull_input(of_x())
-        if needs[3] or any(needs[7 : 7 + num_weight]):
+        if needs_weight or any(needs[first : first + num_weight]):
             grad_weight, tensor_grads[:num_weight] = pull_weight(of_w())
-            grad_weight = (grad_weight.t() if plan.transposed else grad_weight) if needs[3] else None
-        if needs[4]:
+            grad_weight = (grad_weight.t() if plan.transposed else grad_weight) if needs_weight else None
+        if needs_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return None, None, grad_x, grad_weight, grad_bias, None, None, *tensor_grads
+        return None, None, None, grad_x, grad_weight, grad_bias, None, None, *tensor_grads
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
@@ -183,14 +190,29 @@ def _regenerate(
     return value, chosen, pull_back
 
 
+def output_effect(
+    code: Any, notes: Notes, y: Tensor, place: tuple[Tensor | None, Tensor | None], own: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """What an effect makes of what a layer returns, and which elements its gradient passes."""
+    notes._replace(observing=False).take(code, y, own, place)  # `through` observes by itself, in its kernel
+    return code.through(y, own, place, notes.observing)
+
+
 class TransformedOutput(torch.autograd.Function):
     """An effect on what a layer returns; saves one bit of each element where its gradient depends on that."""
 
     @staticmethod
     def forward(
-        ctx: Any, code: Any, observing: bool, y: Tensor, context: Tensor, tokens: Tensor | None, *own: Tensor
+        ctx: Any,
+        code: Any,
+        observing: bool,
+        non_finite: Tensor | None,
+        y: Tensor,
+        context: Tensor,
+        tokens: Tensor | None,
+        *own: Tensor,
     ) -> Tensor:
-        found, kept = code.through(y, own, (context, tokens), observing)
+        found, kept = output_effect(code, Notes(observing, non_finite), y, (context, tokens), own)
         strength = code.read(own).strength if isinstance(code, Slots) else None
         ctx.save_for_backward(None if kept is None else pack(kept), strength)
         return separate(found)
@@ -200,4 +222,4 @@ class TransformedOutput(torch.autograd.Function):
         packed, strength = ctx.saved_tensors
         if packed is not None:
             grad = passing(grad, unpack(packed, grad.shape[-1]), strength)
-        return None, None, grad, None, None, *(None for _ in ctx.needs_input_grad[5:])
+        return None, None, None, grad, None, None, *(None for _ in ctx.needs_input_grad[6:])

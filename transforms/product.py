@@ -35,7 +35,7 @@ from transforms.operands import HEADS, LANES, Operand, lane_numbers, positions_a
 from transforms.quantise import QuantiseCode, passing
 from transforms.quantise import within as inside
 from transforms.ranges import Range
-from transforms.scales import Scaling
+from transforms.scales import Scaling, finite_magnitude
 
 Place: TypeAlias = tuple[Tensor | None, Tensor | None]
 """Context and tokens."""
@@ -157,7 +157,7 @@ class ProductCode(Slots, Operand):
     def observe(self, acc: Tensor, own: Sequence[Tensor]) -> None:
         seen = self.read(own).seen
         if seen is not None and acc.numel():
-            seen.copy_(torch.maximum(seen, acc.detach().abs().amax().float()))
+            seen.copy_(torch.maximum(seen, finite_magnitude(acc.detach()).amax().float()))
 
     def multiply(
         self, x: Tensor, weight: Tensor, own: Sequence[Tensor], place: Place, observing: bool

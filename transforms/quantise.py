@@ -26,11 +26,12 @@ from transforms.effect import Code, Own, RangedEffect, Slots
 from transforms.formats import Format
 from transforms.operands import Operand, uniforms
 from transforms.ranges import Range
-from transforms.scales import Scaling
+from transforms.scales import Scaling, finite_magnitude
 
 
 @dataclass(frozen=True)
 class QuantiseCode(Code, Slots, Operand):
+    rounds = True
     form: Format
     scaling: Scaling
     stochastic: bool = False
@@ -74,7 +75,8 @@ class QuantiseCode(Code, Slots, Operand):
         """The numbers that a value is rounded to, in blocks where scales are of blocks, and their scale; both float32."""
         blocks = self.scaling.blocks(value.float())
         scale = self.scaling.scale(blocks, self.form, self.range_of(own, value.device))
-        return self.form.round(blocks / scale, None if uniform is None else self.scaling.blocks(uniform)), scale
+        uniform = None if uniform is None else self.scaling.blocks(uniform)
+        return self.form.round(self.scaling.divided(blocks, scale), uniform), scale
 
     def quantised(self, value: Tensor, own: Own, uniform: Tensor | None) -> Tensor:
         """The value after rounding, float32."""
@@ -110,7 +112,9 @@ class QuantiseCode(Code, Slots, Operand):
             if not self.learned:
                 return passed
             exact = value.float()
-            beyond = rounded if own.strength is None else rounded - (1 - own.strength) * exact
+            beyond = rounded
+            if own.strength is not None:  # at full strength no part of an infinite value is left
+                beyond = torch.where(own.strength < 1, rounded - (1 - own.strength) * exact, rounded)
             slope = torch.where(range_ > 0, torch.where(inside, rounded - exact, beyond), 0)
             total = (grad.float() * slope).sum() / math.sqrt(self.form.max * self.features)
             grads: list[Tensor | None] = [None] * len(self.slots)
@@ -123,12 +127,11 @@ class QuantiseCode(Code, Slots, Operand):
         seen = self.read(rest[:-2]).seen
         if seen is None or value.numel() == 0:
             return
-        magnitude = value.detach().abs()
         if self.learned and self.of_weight:
             # LSQ's first step, 2 mean|w| / sqrt(n), as a range.
-            found = 2 * math.sqrt(self.form.max) * self.scaling.mean(magnitude)
+            found = 2 * math.sqrt(self.form.max) * self.scaling.mean(value.detach())
         else:
-            found = magnitude.amax().float()
+            found = finite_magnitude(value.detach()).amax().float()
         seen.copy_(torch.maximum(seen, found))
 
 

@@ -1,7 +1,7 @@
 """Ranges that converters and quantisers work with: tracked from the largest value seen, or learned from there.
 
-The range in use is frozen during a step. A forward only notes the largest magnitude it sees, before any clipping, so that a
-range can grow; at the end of the step all devices take the maximum of what they saw, one exchange for all ranges, and the
+The range in use is frozen during a step. A forward only notes the largest finite magnitude it sees, before any clipping, so
+that a range can grow; at the end of the step all devices take the maximum of what they saw, one exchange for all ranges, and the
 range in use moves: to the first maximum at once, then by an exponential moving average. A learned one stays where the
 first step put it, times a factor whose logarithm is a parameter. Until something was seen a range is 0, and what it
 belongs to passes values unchanged: so the first step of a run trains as if it were clean.

@@ -1,9 +1,9 @@
 """Scales: what a value is divided by before it is rounded to a format of few bits.
 
 A scale belongs to a tensor, to a row (an output channel of a weight, a token of an activation), or to a block of
-neighbours along the row. It comes from the values themselves, so that the largest just fits, or from a range that is
-tracked or learned (`transforms/ranges.py`). Where a row or a tensor is split over tensor-parallel devices they agree on its
-largest value, and so all layouts round alike.
+neighbours along the row. It comes from the values themselves, so that the largest finite one just fits, or from a range
+that is tracked or learned (`transforms/ranges.py`). Where a row or a tensor is split over tensor-parallel devices they
+agree on its largest value, and so all layouts round alike.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from transforms.formats import Float, Format, named
 
 _E4M3 = named("fp8_e4m3")
 _SMALLEST = torch.finfo(torch.float32).tiny
-_E8M0 = (-126, 127)
-"""Exponents of the shared scale of a microscaling block; the format's -127 is a float32 subnormal."""
+_FLOAT32_BIAS = 127
+_E8M0 = (-127, 127)
+"""Exponents of the shared scale of a microscaling block (OCP Microscaling v1.0, section 5.4.1)."""
+
+
+def finite_magnitude(value: Tensor) -> Tensor:
+    """|value|, with 0 in place of infinity and NaN: neither may set the scale or the range of its neighbours."""
+    magnitude = value.abs()
+    if torch.compiler.is_compiling():  # one comparison, fused into the reduction that follows
+        return torch.where(magnitude < torch.inf, magnitude, 0)
+    return torch.nan_to_num_(magnitude, 0.0, 0.0)  # one pass without new memory (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -66,27 +75,39 @@ class Scaling:
         if self.kind == "none":
             return blocks.new_ones(1)
         if self.kind == "mean":
-            return self.mean(blocks.abs()).clamp(min=self.least)
+            return self.mean(blocks).clamp(min=self.least)
         if self.kind == "tensor":
             return self._fitting(self.largest(blocks), form)
-        largest = blocks.abs().amax(-1, keepdim=True)
+        largest = finite_magnitude(blocks).amax(-1, keepdim=True)
         if self.kind == "row":
             return self._fitting(self._agreed(largest, "max") if self.rows_split else largest, form)
         if self.kind == "block":
             return self._fitting(largest, form)
         assert isinstance(form, Float)
         if self.kind == "power":
-            exponent = (largest.view(torch.int32) >> 23) - 127 - form.max_exponent
-            return ((exponent.clamp(*_E8M0) + 127) << 23).view(torch.float32)
+            # A float32 subnormal reads as exponent -127 here and ends at the smallest scale, which is right for it.
+            exponent = (largest.view(torch.int32) >> 23) - _FLOAT32_BIAS - form.max_exponent
+            field = exponent.clamp(*_E8M0) + _FLOAT32_BIAS
+            return torch.where(field > 0, field << 23, 1 << 22).view(torch.float32)  # 2^-127 is itself subnormal
         return self._two_level(blocks, largest, form)
 
+    def divided(self, blocks: Tensor, scale: Tensor) -> Tensor:
+        """The blocks over their scale."""
+        if self.kind != "power":
+            return blocks / scale
+        # A product with the inverse, as exact: the inverse of a subnormal scale is an ordinary number, so that a device
+        # that flushes subnormals still divides 0 by something other than 0. No format has scales so large that it is not.
+        inverse = (2 * _FLOAT32_BIAS - (scale.view(torch.int32) >> 23)) << 23
+        return blocks * inverse.view(torch.float32)
+
     def largest(self, value: Tensor) -> Tensor:
-        """Magnitude in the whole tensor, a scalar."""
-        return self._agreed(value.abs().amax(), "max")
+        """Largest finite magnitude in the whole tensor, a scalar."""
+        return self._agreed(finite_magnitude(value).amax(), "max")
 
     def mean(self, value: Tensor) -> Tensor:
-        """Of the whole tensor. Summed in float64: in whatever order devices and kernels sum, the float32 result is equal."""
-        total = self._agreed(value.sum(dtype=torch.float64), "sum")
+        """Mean magnitude of the whole tensor; infinity and NaN count as 0. Summed in float64: in whatever order devices and
+        kernels sum, the float32 result is equal."""
+        total = self._agreed(finite_magnitude(value).sum(dtype=torch.float64), "sum")
         return (total / (self.elements or value.numel())).float()
 
     def sum(self, of_rows: Tensor) -> Tensor:
@@ -104,7 +125,8 @@ class Scaling:
         else:
             whole = largest.amax(-2, keepdim=True)
             whole = self._agreed(whole, "max") if self.rows_split else whole
-        outer = (whole / (form.max * inner.max)).clamp(min=_SMALLEST)
+        outer = whole / (form.max * inner.max)
+        outer = torch.where(outer > 0, outer, 1.0)
         scale = inner.round(largest / form.max / outer)
         return torch.where(scale > 0, scale, 1.0) * outer
 

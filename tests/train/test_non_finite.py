@@ -92,6 +92,34 @@ def test_too_many_in_a_row_stop_the_run(run_here, poisoned):
     assert no.value.code == 3
 
 
+def test_infinities_that_the_hardware_saturates_are_logged(run_here, monkeypatch):
+    """The loss stays finite, so nothing else would tell."""
+    from train.trainer import Trainer
+
+    init = Trainer.__init__
+
+    def with_infinities(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+
+        def break_two_tokens(layer, inputs):
+            x = inputs[0].clone()
+            if self.step + 1 == 3 and layer.training:
+                x[0, 1, 2] = x[1, 0, 0] = math.inf
+            return (x,)
+
+        layer = next(module for module in self.parts[0].modules() if hasattr(module, "input_effects"))
+        layer.register_forward_pre_hook(break_two_tokens)
+
+    monkeypatch.setattr(Trainer, "__init__", with_infinities)
+    spec = '[{kind="quantise", weight={format="int8"}, input={format="int8"}}]'
+    rows = run_here(transforms=spec, training__steps=5, checkpoint__interval=0)
+    steps = [row for row in rows if "loss" in row]
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    assert {row["step"]: row["non_finite_inputs"] for row in steps if "non_finite_inputs" in row} == {3: 2}
+    (event,) = [row for row in rows if row.get("event") == "non_finite_inputs"]
+    assert (event["step"], event["message"].startswith("2 rows")) == (3, True)
+
+
 def test_spikes_are_flagged_and_noise_is_not():
     dice, spikes = random.Random(1), Spikes(6.0)
     assert not any(spikes.seen(3.0 + dice.gauss(0, 0.05)) for _ in range(5000))

@@ -103,7 +103,7 @@ def test_gradient_through_a_result_that_is_an_intermediate(dtype):
     value, grad = torch.randn(2, 8, 64, dtype=dtype, requires_grad=True), torch.randn(2, 8, 64, dtype=dtype)
 
     def through(value: torch.Tensor) -> torch.Tensor:
-        return TransformedOutput.apply(effect.code, False, value, *noise.place(), *effect.tensors)
+        return TransformedOutput.apply(effect.code, False, None, value, *noise.place(), *effect.tensors)
 
     (expected,) = torch.autograd.grad(through(value), value, grad)
     (found,) = torch.autograd.grad(torch.compile(through, fullgraph=True, backend="aot_eager")(value), value, grad)

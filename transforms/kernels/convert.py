@@ -43,6 +43,8 @@ WORD_BITS = 32
 """Of what masks are packed in (`product.pack`)."""
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 """Of a scale."""
+INFINITY = tl.constexpr(0x7F800000)
+"""The word of float32's infinity; those of NaN are larger."""
 ROUNDER = tl.constexpr(2.0**23)
 """Plus and minus this a magnitude below it is rounded to an integer, to even in ties."""
 PACKED, BYTES = tl.constexpr(0), tl.constexpr(1)
@@ -150,8 +152,9 @@ def _convert_kernel(
             offset = base[:, None] + (call + eighth * CALLS)[None, :]
             exact = tl.load(acc + offset, mask=inside, other=0.0).to(tl.float32)
             if OBSERVE:
-                # Magnitudes are ordered like their words, NaN above all.
-                largest = tl.maximum(largest, exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+                # Magnitudes are ordered like their words; infinity and NaN come last and set no range.
+                word = exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                largest = tl.maximum(largest, tl.where(word < INFINITY, word, 0))
             if PHOTONS > 0:
                 magnitude = tl.load(magnitudes + offset, mask=inside, other=0.0).to(tl.float32)
                 exact = _noisy(exact, magnitude, tl.load(full_scale), drawn[quarter], share, PHOTONS)
@@ -169,11 +172,11 @@ def _convert_kernel(
             passes = tl.where(known, inside & (tl.abs(exact) <= limit), inside)
             _store_kept(kept, passes, row, rows, width, column + eighth * CALLS, call, TILE, KEPT)
     if OBSERVE:
-        word = tl.max(tl.max(largest, 1), 0)
+        found_word = tl.max(tl.max(largest, 1), 0)
         words_seen = seen.to(tl.pointer_type(tl.int32), bitcast=True)
         # What is there can only grow: most programs have nothing to say.
-        if word > tl.load(words_seen):
-            tl.atomic_max(words_seen, word)
+        if found_word > tl.load(words_seen):
+            tl.atomic_max(words_seen, found_word)
 
 
 @cache
