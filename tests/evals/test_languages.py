@@ -27,6 +27,7 @@ from evals.models import is_masked, load_model
 from evals.noise import NoisyModel, token_noise
 from evals.text import choose_protocol, evaluate_text, protocol_for
 from launch.cli import main
+from transforms.selection import TransformError
 from transforms.specs import BitflipSpec, CellFaults
 
 OF_LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
