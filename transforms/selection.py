@@ -46,6 +46,8 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
     found: dict[str, Any] = {}
     if not spec.modules:
         found = {name: module for name, module in linear.items() if _NUMBERED.search(name)}
+        if not all(map(_multiplies_otherwise, found.values())):  # what is left out then counts as not reached
+            found = {name: m for name, m in found.items() if _in_float8(m) or not _multiplies_otherwise(m)}
         if not isinstance(spec, LoraSpec):
             found |= {name: part for _, name, part in experts if _NUMBERED.search(name)}
         if not found:
@@ -68,11 +70,10 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
             )
     found_layers = {name: module for name, module in found.items() if not isinstance(module, Slice)}
     for name, module in found_layers.items():
-        kind = base_of(module)
-        known = kind is nn.Linear or kind.__name__ in _LINEAR or hasattr(kind, "multiply")
-        if not known or hasattr(module, "linear_mm_config"):  # float8, by torchao
+        if _multiplies_otherwise(module):
             raise TransformError(
-                f"{name} is a {kind.__name__}, which multiplies in its own way and would bypass the transform", index
+                f"{name} is a {base_of(module).__name__}, which multiplies in its own way and would bypass the transform",
+                index,
             )
     if isinstance(spec, LoraSpec):
         holders = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
@@ -81,6 +82,17 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
                 message = f"{name} shares its weight with another module: an adapter could not be merged into it"
                 raise TransformError(message, index)
     return list(found.items())
+
+
+def _multiplies_otherwise(module: nn.Module) -> bool:
+    """Whether a subclass of a linear layer may compute something else."""
+    kind = base_of(module)
+    known = kind is nn.Linear or kind.__name__ in _LINEAR or hasattr(kind, "multiply")
+    return not known or _in_float8(module)
+
+
+def _in_float8(module: nn.Module) -> bool:
+    return hasattr(module, "linear_mm_config")  # torchao's
 
 
 def _nearest(pattern: str, layers: Sequence[str]) -> str:
