@@ -202,19 +202,20 @@ class CleanWeights(TorchDispatchMode):
 
 
 def measure(family: str) -> dict[str, Any]:
-    """What acts on a family, and the share of its blocks' weights that does."""
+    """What acts on a family, and the share of its blocks' weights, of those that enter matmuls, that does."""
     model = build(family)
     ids = torch.arange(3, 45)[None].repeat(2, 1)
-    named = model.named_parameters()
-    in_blocks = {name: p for name, p in named if re.search(r"\.\d+\.", f".{name}") and is_weight(name, p)}
-    total = sum(p.numel() for p in in_blocks.values())
     with torch.no_grad():
-        clean = model(input_ids=ids).logits
+        watch = CleanWeights(model)
+        with watch:
+            clean = model(input_ids=ids).logits
+        in_blocks = {name: size for name, size in watch.found.items() if re.search(r"\.\d+\.", f".{name}")}
         row: dict[str, Any] = {}
         for kind, spec in KINDS.items():
             row[kind], exact = _acts(model, spec, ids, clean)
             if kind == "weights":
-                row["share"] = None if exact is None else 1 - sum(exact.get(n, 0) for n in in_blocks) / total
+                left = None if exact is None else sum(exact.get(name, 0) for name in in_blocks)
+                row["share"] = None if left is None else 1 - left / sum(in_blocks.values())
         default = KINDS["weights"].model_copy(update={"unmatched": "refuse"})
         row["default"], _ = _acts(model, default, ids, clean)
     return row
@@ -240,14 +241,14 @@ def _acts(model: Any, spec: Any, ids: Tensor, clean: Tensor) -> tuple[str, dict[
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = ["| family | weights of the blocks that act | inputs | outputs | attention |", "|---|---|---|---|---|"]
+    lines = ["| family | weights that act | by default | inputs | outputs | attention |", "|---|---|---|---|---|---|"]
     for family, row in rows.items():
         share = row["weights"] if row["share"] is None else f"{row['share']:.1%}"
-        share += "" if row["default"] == "acts" else " (with unmatched)"
+        default = "yes" if row["default"] == "acts" else f"refused: {row['default'].partition(' ')[0]} not reached"
         others = (
             "yes" if row[kind] == "acts" else f"refused: {row[kind]}" for kind in ("inputs", "outputs", "attention")
         )
-        lines.append(f"| {family} | {share} | {' | '.join(others)} |")
+        lines.append(f"| {family} | {share} | {default} | {' | '.join(others)} |")
     return "\n".join(lines) + "\n"
 
 

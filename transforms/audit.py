@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transforms.context import Noise
-from transforms.experts import EXPERTS, Expert
+from transforms.experts import EXPERTS
 from transforms.selection import TransformError
 
 _ROLES = {"w": "weights", "x": "inputs", "out": "outputs", "acc": "partial sums", "q": "queries", "k": "keys"}
@@ -43,10 +43,10 @@ class Audit(TorchDispatchMode):
         self._stored: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
         holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
         for name, module in model.named_modules():
-            for weight in _under_effects(module):
+            for part, parameter, weight in _under_effects(module):
                 # A weight that another module holds, too (tied embeddings), is read there as it should be.
-                if holders[id(weight)] == 1:
-                    self._stored[weight.untyped_storage().data_ptr()].append((*_bytes_of(weight), name))
+                if holders[id(parameter)] == 1:
+                    self._stored[weight.untyped_storage().data_ptr()].append((*_bytes_of(weight), name + part))
 
     def acted(self, effect: Any) -> bool:
         return id(effect) in self._acted
@@ -81,13 +81,16 @@ class Audit(TorchDispatchMode):
                 self.read.setdefault(name, operation)
 
 
-def _under_effects(module: nn.Module) -> Iterator[Tensor]:
-    """The stored parameters of a module on whose weights hardware effects act."""
+def _under_effects(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The stored weights of a module on which hardware effects act: (end of its name, parameter, its part with effects)."""
     if is_parametrized(module, "weight") and any(e.hardware for e in module.parametrizations.weight):
-        yield module.parametrizations.weight.original
-    for parameter, experts in getattr(module, EXPERTS, nn.ModuleDict()).items():
-        if any(len(expert.weight_effects) for expert in experts.values() if isinstance(expert, Expert)):
-            yield module._parameters[parameter]
+        weight = module.parametrizations.weight.original
+        yield "", weight, weight
+    for name, experts in getattr(module, EXPERTS, nn.ModuleDict()).items():
+        parameter: Any = module._parameters[name]
+        for number, expert in experts.items():
+            if len(expert.weight_effects):
+                yield f".{name}.{number}", parameter, parameter.detach()[int(number)]
 
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:

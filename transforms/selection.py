@@ -105,9 +105,9 @@ def _nearest(pattern: str, layers: Sequence[str]) -> str:
     near = difflib.get_close_matches(pattern.removeprefix("re:").strip("*.^$"), parts, 1, 0.5)
     if not near:
         return ""
-    # A pattern that would match, and the other blocks' layers of that name with it.
-    pattern = _NUMBERED.sub(r"\1*.", parts[near[0]])
-    return f"; the nearest layer is {parts[near[0]]!r}, as in modules = [{pattern!r}]".replace("'*", '"*')
+    layer = parts[near[0]]
+    in_all_blocks = _NUMBERED.sub(r"\1*.", layer)
+    return f'; the nearest layer is {layer!r}, as in modules = ["{in_all_blocks}"]'
 
 
 def match_attention(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[tuple[str, nn.Module]]:
