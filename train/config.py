@@ -413,14 +413,20 @@ def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape
     return with_overrides(SIZES[model.name][size], **overrides)
 
 
-def total_steps(config: Config, shape: LlamaShape) -> int:
-    """Length of the schedule in optimizer steps, whichever way it was given (default 1000); rounded up."""
-    training = config.training
+def total_steps(config: Config, shape: LlamaShape, trained: tuple[int, int] = (0, 0)) -> int:
+    """Length of the schedule in optimizer steps, whichever way it was given (default 1000); rounded up.
+
+    Args:
+        trained: steps and tokens that a resumed run has trained on with other batches.
+    """
+    training, (steps, tokens) = config.training, trained
     if training.steps is not None:
         return training.steps
+    wanted: float
     if training.tokens is not None:
-        return math.ceil(training.tokens / config.tokens_per_step)
-    if training.tokens_per_parameter is not None:
-        tokens = training.tokens_per_parameter * num_parameters_without_embedding(shape)
-        return math.ceil(tokens / config.tokens_per_step)
-    return 1000
+        wanted = training.tokens
+    elif training.tokens_per_parameter is not None:
+        wanted = training.tokens_per_parameter * num_parameters_without_embedding(shape)
+    else:
+        return 1000
+    return steps + max(0, math.ceil((wanted - tokens) / config.tokens_per_step))

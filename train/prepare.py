@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,13 +34,15 @@ BPE_SAMPLE_CHARACTERS = 20_000_000
 
 # Keys that do not change what is written; they stay out of the folder's name.
 _NOT_CONTENT = {"weight"}
+# Keys that were added later, with what was done before: at that value they stay out as well, and no folder is renamed.
+_ADDED = {"errors": "strict", "skip_invalid": False}
 
 
 def tokenizer_key(config: Config) -> str:
     """What distinguishes one tokenizer from another before it exists; part of every folder's name."""
     tokenizer = config.tokenizer
     if tokenizer.kind == "bpe":
-        corpus = [_content(source) for source in config.data.all_sources]
+        corpus = [source_content(source) for source in config.data.all_sources]
         return f"bpe{tokenizer.vocab_size}-{_digest(corpus)}"
     return f"{tokenizer.kind}-{_digest(tokenizer.path)}" if tokenizer.path else tokenizer.kind
 
@@ -53,7 +55,7 @@ def tokenizer_folder(config: Config) -> Path:
 def corpus_folder(config: Config, source: SourceConfig) -> Path:
     """Where the shards of one source are kept: named by the source and the tokenizer."""
     label = source.dataset.rpartition("/")[2] if source.source == "hub" else source.source
-    return Path(config.data.dir) / f"{label}-{_digest([_content(source), tokenizer_key(config)])}"
+    return Path(config.data.dir) / f"{label}-{_digest([source_content(source), tokenizer_key(config)])}"
 
 
 def run_tokenizer(config: Config) -> Tokenizer:
@@ -135,7 +137,7 @@ class _Tokenization:
     def __init__(self, folder: Path, source: SourceConfig, tokenizer: Tokenizer, inputs: str):
         self.folder, self.source, self.tokenizer, self.inputs = folder, source, tokenizer, inputs
         self.dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self.identity = _digest([inputs, tokenizer.fingerprint, _content(source)])
+        self.identity = _digest([inputs, tokenizer.fingerprint, source_content(source)])
 
     def run(self, say: Callable[[str], None]) -> Manifest:
         position = self._resume()
@@ -150,7 +152,7 @@ class _Tokenization:
         if not splits["train"].tokens:
             files = [str(path) for path in input_files(self.source)][:3] if self.source.source != "hub" else []
             raise DataError(f"there is no text to train on in {', '.join(files) or self.source.dataset}")
-        manifest = Manifest(_content(self.source), self.inputs, self._tokenizer_record(), self.dtype, splits)
+        manifest = Manifest(source_content(self.source), self.inputs, self._tokenizer_record(), self.dtype, splits)
         (self.folder / "position.json").unlink(missing_ok=True)
         manifest.write(self.folder)
         return manifest
@@ -259,8 +261,17 @@ def inputs_hash(source: SourceConfig) -> str:
     return _digest(records)
 
 
-def _content(source: SourceConfig) -> dict:
-    return {key: value for key, value in source.model_dump().items() if key not in _NOT_CONTENT}
+def source_content(source: SourceConfig, without: Container[str] = ()) -> dict[str, Any]:
+    """The settings of a source that change its tokens; folders and streams are named by them."""
+    settings = source.model_dump(exclude=_NOT_CONTENT)
+    return {k: v for k, v in settings.items() if k not in without and (k not in _ADDED or v != _ADDED[k])}
+
+
+def describe_source(source: SourceConfig) -> str:
+    """A source in a few words."""
+    if source.source == "files":
+        return ", ".join(source.paths)
+    return source.dataset if source.source == "hub" else source.source
 
 
 def _digest(value) -> str:

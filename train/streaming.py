@@ -33,8 +33,9 @@ from parallel.mesh import Mesh
 from train import records
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
-from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, DataState, HeldOut
-from train.prepare import run_tokenizer
+from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, HeldOut, Resumed
+from train.prepare import run_tokenizer, source_content
+from train.row_counts import DataState, RowCounts
 from train.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 64  # encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume
@@ -67,7 +68,7 @@ class Shards:
 
     def identity(self) -> list[Any]:
         """What makes it this corpus and no other; where local files lie does not matter."""
-        content = self.source.model_dump(exclude={"weight", "paths", "validation_paths"})
+        content = source_content(self.source, without={"paths", "validation_paths"})
         return [content, self.fraction, self.count, [(path.name, path.stat().st_size) for path in self.files]]
 
     def read(self, index: int, skip: int = 0) -> Iterator[Document]:
@@ -239,9 +240,11 @@ class StreamBatches:
     ):
         self.pin, self.step, self.waited = pin, 0, 0.0
         shards, training = Shards(config.data.all_sources[0]), config.training
-        self._global_batch = training.global_batch_size
+        # Another batch size is another stream, so all steps have taken equally many rows.
+        self.counts = RowCounts.beginning(training.global_batch_size, training.sequence_length)
         stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
         fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
+        self.fingerprint = f"stream-{fingerprint}"
         self.identity: State = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
         batches = _Batches(config, tokenizer, shards, rank, size)
         # Spawned, since a fork would copy the locks of the process group's and CUDA's threads.
@@ -281,10 +284,6 @@ class StreamBatches:
     def state(self) -> State:
         """This rank's place after the batches that were handed out; JSON-serialisable."""
         return {**self.identity, "step": self.step, "loader": self._loader.state_dict()}
-
-    @property
-    def rows_consumed(self) -> int:
-        return self.step * self._global_batch
 
     def close(self) -> None:
         self._loader = None  # with the last reference to the loader its worker ends
@@ -340,16 +339,18 @@ class StreamedData:
             raise found
         return cls(tokenizer, found)
 
-    def open(
-        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, State] | None
-    ) -> StreamBatches:
-        state = read_state(resumed[0], rank) if resumed else None
+    def open(self, config: Config, rank: int, size: int, pin: bool, resumed: Resumed | None) -> StreamBatches:
+        state = read_state(resumed.folder, rank) if resumed else None
         return StreamBatches(config, self.tokenizer, rank, size, pin, state)
 
     def state(self, batches: StreamBatches, rank: int) -> tuple[State, dict[str, bytes]]:
         # The same record as of prepared data; its fingerprint keeps it from going on with shards.
         record = DataState(
-            0, batches.identity["seed"], batches.rows_consumed, f"stream-{batches.identity['fingerprint']}"
+            0,
+            batches.identity["seed"],
+            batches.counts.rows(batches.step),
+            batches.fingerprint,
+            batches.counts.stretches,
         )
         return asdict(record), {f"stream-rank-{rank:05d}.json": records.sealed(batches.state()).encode()}
 
