@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from models.sizes import SIZES, LlamaShape, RopeScaling, num_parameters_without_embedding, with_overrides
 from transforms.specs import TransformSpec
@@ -20,6 +20,12 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _listed(value: Any) -> Any:
+    """A list of one text may be written as the text."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -105,12 +111,17 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     source: Literal["embedded", "files", "hub", "random"] = "embedded"
     """embedded: source text of this Python's standard library; files: `paths`; hub: `dataset`; random: noise for benchmarks."""
-    paths: list[str] = []
-    """files: globs of .txt, .jsonl or .parquet (.txt and .jsonl also with .gz)."""
-    validation_paths: list[str] = []
+    paths: Texts = []
+    """files: globs of .txt, .md, .jsonl or .parquet (all but .parquet also with .gz)."""
+    validation_paths: Texts = []
     """files: globs of the held-out text; default: a share of every .txt file's end and of the jsonl/parquet documents."""
     column: str = "text"
     """jsonl, parquet and hub: the field that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """files: bytes that are not UTF-8 are refused, or replaced by U+FFFD and counted."""
+    skip_invalid: bool = False
+    """files and hub: leave out documents that cannot be used (no JSON, no such field, no text, not UTF-8) and count them,
+    instead of stopping at the first one."""
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """hub: dataset id."""
     subset: str = "sample-100BT"
@@ -124,7 +135,7 @@ class SourceConfig(Section):
     validation_fraction: Fraction = 0.005
     """Share of the documents that is held out for validation."""
     weight: Positive = 1.0
-    """Share of the training tokens in a mixture of sources, relative to the other weights."""
+    """Share of the training rows in a mixture of sources, relative to the other weights."""
 
 
 class DataConfig(SourceConfig):
@@ -135,7 +146,17 @@ class DataConfig(SourceConfig):
     shuffle_window: PositiveCount = 1024
     """streaming: rows that are shuffled among each other."""
     sources: list[SourceConfig] = []
-    """A mixture: `[[data.sources]]` tables with the keys above; when given, `data.source` itself is not used."""
+    """A mixture: `[[data.sources]]` tables with the keys above; what a table does not say it takes from `[data]`."""
+
+    @model_validator(mode="after")
+    def _inherit(self) -> DataConfig:
+        shared = {key: getattr(self, key) for key in SourceConfig.model_fields if key in self.model_fields_set}
+        complete = [
+            source.model_copy(update={k: v for k, v in shared.items() if k not in source.model_fields_set})
+            for source in self.sources
+        ]
+        object.__setattr__(self, "sources", complete)  # the model is frozen for everyone else
+        return self
 
     @property
     def all_sources(self) -> list[SourceConfig]:
@@ -245,7 +266,7 @@ class Float8Config(Section):
     row, more exact and slower. On CPU emulated."""
     min_size: Count = 0
     """Leave layers alone whose inputs or outputs are fewer than this; 0: what the recipe gains from on an H100."""
-    skip: list[str] = []
+    skip: Texts = []
     """Further layers to leave alone: globs on their names, such as "*.k_proj"."""
 
 

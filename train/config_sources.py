@@ -26,6 +26,8 @@ from train.redaction import redact
 from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 EXIT_CONFIG = 2
+ARRAYS = ("transforms", "data.sources")
+"""Arrays of tables; one table alone may be written as a table."""
 ONE_OF = [("training.steps", "training.tokens", "training.tokens_per_parameter")]
 """Keys that say the same thing in different ways: one source may set only one, and a later source replaces it."""
 
@@ -61,6 +63,8 @@ class Sources:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
+    """For every dotted key the number of the file, or of the flags behind them, that set it last."""
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, key: str) -> str:
@@ -72,6 +76,15 @@ class Sources:
             found = self.origins.get(key, "")
         return found
 
+    def superseded(self, key: str, deciders: Sequence[str]) -> bool:
+        """Whether one of the keys that decide about `key` was set by a later source."""
+        return self._layer(key) < max(map(self._layer, deciders), default=0)
+
+    def _layer(self, key: str) -> int:
+        while key and key not in self.layers:
+            key = key.rpartition(".")[0]
+        return self.layers.get(key, 0)
+
     def get(self, key: str) -> Any:
         value: Any = self.values
         for part in key.split("."):
@@ -82,16 +95,34 @@ class Sources:
         return value
 
     def set(self, key: str, value: Any, origin: str) -> None:
-        """Set one leaf; arrays of tables append, and an explicit empty array clears."""
-        table = self.values
+        """Set one leaf; arrays of tables append, and an explicit empty array clears. A number means a table of an array."""
+        table: Any = self.values
         *parents, last = key.split(".")
-        for part in parents:
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
+        for i, part in enumerate(parents):
+            if isinstance(table, list):
+                where, count = ".".join(parents[:i]), len(table)
+                if not part.isdigit() or int(part) > count:
+                    there = {0: "no table", 1: "one table, number 0"}.get(count, f"tables 0 to {count - 1}")
+                    message = f"{where} has {there}: expected a number there, as in {where}.0.{last}"
+                    self.problems.append(Problem(message, key, value, origin))
+                    return
+                if int(part) == count:
+                    table.append({})
+                table = table[int(part)]
+            else:
+                begins_array = ".".join(parents[: i + 1]) in ARRAYS and ".".join(parents[i + 1 : i + 2]) == "0"
+                table = table.setdefault(part, [] if begins_array else {})
+            if not isinstance(table, dict | list):
                 self.problems.append(
                     Problem(f'"{part}" is a value elsewhere, so it cannot be a table', key, value, origin)
                 )
                 return
+        if isinstance(table, list):
+            where = ".".join(parents)
+            self.problems.append(
+                Problem(f"{where} is an array of tables: name one by its number, {where}.0.{last}", key, value, origin)
+            )
+            return
         if value == {} and isinstance(table.get(last), dict):
             return  # an empty section says nothing
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -125,8 +156,10 @@ class Sources:
             for key in group:
                 if given and key not in given:
                     self.remove(key)
+        layer = max(self.layers.values(), default=0) + 1
         for key, value in leaves:
             self.set(key, value, origin_of[key])
+            self.layers[key] = layer
 
 
 def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int | None = None) -> Config:
@@ -144,12 +177,34 @@ def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int
 
     sources = read_sources(files, flags)
     config, broken = validate(sources)
+    config = _without_superseded(config, broken, sources)
     for problem in cross_checks(config, world_size):
         if not any(key == problem.key or key.startswith(problem.key + ".") for key in broken):
             origin = problem.origin or sources.origin(problem.key)
             sources.problems.append(Problem(problem.message, problem.key, problem.value, origin))
     if sources.problems:
         raise ConfigError(sources.problems)
+    return config
+
+
+def _without_superseded(config: Config, broken: set[str], sources: Sources) -> Config:
+    """Take back what an earlier source set for a choice that a later one has replaced; what else has no effect is a problem.
+
+    As with the length of a run: `schedule.name = "cosine"` in a later file also ends `schedule.decay_fraction` of "wsd".
+    """
+    from train.config_effect import idle
+
+    for _ in range(10):  # what is taken back may have been what another key depended on
+        old = [one.key for one in idle(config) if sources.superseded(one.key, one.when.deciders)]
+        for key in old:
+            sources.remove(key)
+        if not old:
+            break
+        config = Config.model_validate(sources.values)
+    for one in idle(config):
+        # The default stands in for a value that is wrong: what it would decide is not known.
+        if not any(f"{key}.".startswith(f"{decider}.") for key in broken for decider in one.when.deciders):
+            sources.problems.append(Problem(one.message, one.key, one.value, sources.origin(one.key)))
     return config
 
 
@@ -170,7 +225,11 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
         sources.problems.append(Problem(f"includes itself: {' -> '.join((*includers, path))}", origin=path))
         return
     try:
-        content = tomli.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomli.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of some systems begin with a mark
+    except UnicodeDecodeError as error:
+        message = f"not a TOML file: it is not UTF-8 (byte {error.start}); save it as UTF-8"
+        sources.problems.append(Problem(message, origin=path))
+        return
     except OSError as error:
         by = f" (included by {includers[-1]})" if includers else ""
         sources.problems.append(Problem(f"cannot read this file{by}: {error.strerror or error}", origin=path))
@@ -193,7 +252,9 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and f"{prefix}{key}" in ARRAYS:
+            yield f"{prefix}{key}", [value]
+        elif isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -205,7 +266,8 @@ def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tupl
     while pending:
         flag = pending.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            problems.append(Problem("expected a flag like --training.steps 100", origin=f"argument {flag}"))
+            message = 'expected a flag like --training.steps 100; several values are one array: \'["a", "b"]\''
+            problems.append(Problem(message, origin=f"argument {flag}"))
             continue
         key, equals, text = flag[2:].partition("=")
         if not equals:
@@ -218,8 +280,9 @@ def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tupl
 
 
 def _flag_value(key: str, text: str) -> Any:
-    """Read as TOML, unless the field is a string."""
-    if _field_type(key) is str:
+    """Read as TOML, unless the field is a string; one text stands for a list of texts."""
+    kind = _field_type(key)
+    if kind is str or (kind == list[str] and not text.lstrip().startswith("[")):
         return text
     try:
         value = tomli.loads(f"value = {text}")["value"]

@@ -97,7 +97,7 @@ def test_rows_of_another_corpus_are_refused(run_here, tmp_path):
     record = json.loads(file.read_text())
     del record[records.SEAL]
     file.write_text(json.dumps(record | {"fingerprint": "another"}))
-    with pytest.raises(ValueError, match="is not the one that .* trained on"):
+    with pytest.raises(ValueError, match=r"is not the one that .* trained on"):
         list(rows_of_step(tmp_path / "a", 1))
 
 

@@ -26,7 +26,6 @@ from train.data import (
     RowBatches,
     Rows,
     counts_after,
-    mixture_warnings,
     open_data,
     validation_batches,
 )
