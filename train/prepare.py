@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from train import records
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, DocumentStream, documents, embedded_files, input_files
 from train.shards import MANIFEST, Manifest, Split, SplitWriter
+from train.text_files import Intake, describe_intake
 from train.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 TOKENS_PER_FILE = 100_000_000
@@ -91,7 +92,12 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> list[Path]:
         if config.tokenizer.kind == "bpe":
             _train_tokenizer(config, say)
         tokenizer = run_tokenizer(config)
-        return [_prepare_source(config, source, tokenizer, say) for source in sources]
+        folders = [_prepare_source(config, source, tokenizer, say) for source in sources]
+    held_out = [Manifest.read(folder).splits["validation"].tokens for folder in folders]
+    if not all(held_out) and any(held_out):
+        names = [describe_source(source) for source, tokens in zip(sources, held_out, strict=True) if not tokens]
+        say(f"warning: the validation loss will be without {', '.join(names)}, of which nothing is held out")
+    return folders
 
 
 def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
@@ -129,6 +135,8 @@ class _Position:
     documents: records.Count
     hub_state: dict[str, Any] | None
     splits: dict[str, Split]
+    skipped: dict[str, records.Count] = field(default_factory=dict)
+    replaced: records.Count = 0
 
 
 class _Tokenization:
@@ -143,7 +151,10 @@ class _Tokenization:
         position = self._resume()
         splits = {name: position.splits.get(name, Split()) for name in ("train", "validation")}
         writers = {name: SplitWriter(self.folder, name, self.dtype, TOKENS_PER_FILE, splits[name]) for name in splits}
-        stream = documents(self.source, position.documents, position.hub_state)
+        # Local files are read again up to the position, and what is invalid in them is counted again.
+        before = position if position.hub_state is not None else _Position(self.identity, 0, None, {})
+        intake = Intake(self.source, before.skipped, before.replaced)
+        stream = documents(self.source, position.documents, position.hub_state, intake)
         progress = _Progress(say, f"tokenising {self.source.source}")
         try:
             self._tokenise(stream, writers, progress)
@@ -151,8 +162,13 @@ class _Tokenization:
             progress.close()
         if not splits["train"].tokens:
             files = [str(path) for path in input_files(self.source)][:3] if self.source.source != "hub" else []
-            raise DataError(f"there is no text to train on in {', '.join(files) or self.source.dataset}")
-        manifest = Manifest(source_content(self.source), self.inputs, self._tokenizer_record(), self.dtype, splits)
+            invalid = describe_intake(intake.skipped, intake.replaced)
+            raise DataError(
+                f"there is no text to train on in {', '.join(files) or self.source.dataset}"
+                + (f": {invalid}" if invalid else "")
+            )
+        content, tokenizer = source_content(self.source), self._tokenizer_record()
+        manifest = Manifest(content, self.inputs, tokenizer, self.dtype, splits, intake.skipped, intake.replaced)
         (self.folder / "position.json").unlink(missing_ok=True)
         manifest.write(self.folder)
         return manifest
@@ -185,6 +201,8 @@ class _Tokenization:
             "documents": stream.consumed,
             "hub_state": stream.hub_state(),
             "splits": {name: asdict(writer.split) for name, writer in writers.items()},
+            "skipped": stream.intake.skipped,
+            "replaced": stream.intake.replaced,
         }
         temporary = self.folder / "position.tmp"
         temporary.write_text(records.sealed(position), encoding="utf-8")
@@ -280,9 +298,10 @@ def _digest(value) -> str:
 
 def _summary(manifest: Manifest) -> str:
     train, validation = manifest.splits["train"], manifest.splits["validation"]
+    invalid = describe_intake(manifest.skipped, manifest.replaced)
     return (
         f"{train.tokens:,} training tokens of {train.documents:,} documents ({train.bytes / 1e6:.1f} MB), "
-        f"{validation.tokens:,} held out"
+        f"{validation.tokens:,} held out" + (f"; {invalid}" if invalid else "")
     )
 
 

@@ -56,6 +56,10 @@ class Manifest:
     """kind, fingerprint, vocab_size, bos_id"""
     dtype: Literal["uint16", "uint32"]
     splits: dict[str, Split]
+    skipped: dict[str, records.Count] = field(default_factory=dict)
+    """Documents that could not be used and were left out, by reason."""
+    replaced: records.Count = 0
+    """Bytes that were not UTF-8 and became U+FFFD."""
 
     @property
     def fingerprint(self) -> str:

@@ -205,7 +205,7 @@ def test_held_out_documents_do_not_change_when_text_is_added(tmp_path):
 def test_named_validation_files_are_all_of_the_held_out_text(configure, tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "b.txt"
     b.write_text("held out\n" * 100)
-    config = configure("--data.validation_paths", json.dumps([str(b)]), "--data.validation_fraction", 0.5, paths=[a])
+    config = configure("--data.validation_paths", json.dumps([str(b)]), paths=[a])
     [folder] = quietly(config)
     assert texts_of(read_split(folder, "train")) == TEXTS
     assert texts_of(read_split(folder, "validation")) == ["held out\n" * 100]
