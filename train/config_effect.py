@@ -223,7 +223,7 @@ def _idle_in_sources(data: DataConfig) -> Iterator[Idle]:
         values = [getattr(source, key) for source in data.all_sources]
         acts = [when.holds(source, data) for source in data.all_sources]
         if shared != default and shared not in when.off and not any(a and v == shared for a, v in zip(acts, values)):
-            remedy = when.remedy or "every one of [[data.sources]] has another"
+            remedy = "each of [[data.sources]] that it acts on has a value of its own" if any(acts) else when.remedy
             deciders = ("data.sources", *(f"data.{decider}" for decider in when.deciders))
             yield Idle(f"data.{key}", shared, When(deciders, remedy=remedy))
         for i, value in enumerate(values if data.sources else ()):

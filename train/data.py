@@ -26,7 +26,7 @@ from models.loss import IGNORE
 from train.config import Config
 from train.corpus import DataError
 from train.mixture import Shares, whole_weights
-from train.prepare import corpus_folder, describe_source
+from train.prepare import corpus_folder, describe_source, tokenizer_key
 from train.row_counts import DataState, RowCounts
 from train.shards import MANIFEST, Manifest, TokenFile, check_files, verify
 from train.tokenizer import Tokenizer
@@ -134,9 +134,9 @@ def open_data(
         return RandomRows(vocab_size, seed), None
     assert tokenizer is not None
     train, held_out, fingerprints = [], [], []
-    num_bytes = num_tokens = 0
+    num_bytes, num_tokens, key = 0, 0, tokenizer_key(config)
     for s, source in enumerate(config.data.all_sources):
-        folder = corpus_folder(config, source)
+        folder = corpus_folder(config, source, key)
         if not (folder / MANIFEST).exists():
             raise DataError(
                 f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first"

@@ -53,10 +53,10 @@ def tokenizer_folder(config: Config) -> Path:
     return Path(config.data.dir) / f"tokenizer-{tokenizer_key(config)}"
 
 
-def corpus_folder(config: Config, source: SourceConfig) -> Path:
-    """Where the shards of one source are kept: named by the source and the tokenizer."""
+def corpus_folder(config: Config, source: SourceConfig, key: str | None = None) -> Path:
+    """Where the shards of one source are kept: named by the source and the tokenizer (`key`, where it is known already)."""
     label = source.dataset.rpartition("/")[2] if source.source == "hub" else source.source
-    return Path(config.data.dir) / f"{label}-{_digest([source_content(source), tokenizer_key(config)])}"
+    return Path(config.data.dir) / f"{label}-{_digest([source_content(source), key or tokenizer_key(config)])}"
 
 
 def run_tokenizer(config: Config) -> Tokenizer:
@@ -92,7 +92,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> list[Path]:
         if config.tokenizer.kind == "bpe":
             _train_tokenizer(config, say)
         tokenizer = run_tokenizer(config)
-        folders = [_prepare_source(config, source, tokenizer, say) for source in sources]
+        key = tokenizer_key(config)
+        folders = [_prepare_source(s, corpus_folder(config, s, key), tokenizer, say) for s in sources]
     held_out = [Manifest.read(folder).splits["validation"].tokens for folder in folders]
     if not all(held_out) and any(held_out):
         names = [describe_source(source) for source, tokens in zip(sources, held_out, strict=True) if not tokens]
@@ -100,8 +101,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> list[Path]:
     return folders
 
 
-def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
-    folder = corpus_folder(config, source)
+def _prepare_source(source: SourceConfig, folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
     inputs = inputs_hash(source)
     if (folder / MANIFEST).exists():
         manifest = _readable_manifest(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ from train.data import (
     RowBatches,
     Rows,
     counts_after,
+    mixture_warnings,
     open_data,
     validation_batches,
 )
@@ -391,6 +394,34 @@ def test_a_prepared_mixture_is_read_by_its_weights(prepared):
     for s, part in enumerate(validation.parts):
         assert set(row(part, 0)) <= {256, ord("ab"[s])}
         assert part.count > 50
+
+
+def test_more_sources_than_files_may_be_open(tmp_path):
+    """As the usual limit of 1,024 is for a mixture of thousands."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
+    try:
+        rows, sources = mixture(tmp_path, [1.0] * 50, rows=2)
+        assert {row(rows, i)[0] // 100_000 for i in range(50)} == set(range(50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(sources) == 50
+
+
+def test_what_a_run_leaves_out_of_a_mixture_is_said(prepared):
+    _, validation = prepared((3.0, 1e-9))
+    config = configuration(
+        "--data.sources", '[{source = "files", paths = "a.md"}, {weight = 1e-9, validation_fraction = 0}]'
+    )
+    [unread] = mixture_warnings(config, validation, 1000)
+    assert unread == "a run of 1,000 rows reads none of data.sources.1 (embedded): the weight is too small"
+    validation.parts[1].count = 0
+    _, silent = mixture_warnings(config, validation, 1000)
+    assert silent.startswith("the validation loss is without data.sources.1 (embedded)")
+    assert list(mixture_warnings(configuration(), validation, 1000)) == []
+    enough = configuration("--data.sources", '[{source = "files", paths = "a.md"}, {weight = 1.0}]')
+    validation.parts[1].count = 1
+    assert list(mixture_warnings(enough, validation, 1000)) == []
 
 
 def test_the_fingerprint_is_that_of_what_is_read(prepared):
