@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from models.sizes import SIZES, LlamaShape, RopeScaling, num_parameters_without_embedding, with_overrides
-from transforms.specs import TransformSpec
+from transforms.specs import Texts, TransformSpec
 
 
 def _integral(value: Any) -> Any:
@@ -20,12 +20,6 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _listed(value: Any) -> Any:
-    """A list of one text may be written as the text."""
-    return [value] if isinstance(value, str) else value
-
-
-Texts = Annotated[list[str], BeforeValidator(_listed)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_integral), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

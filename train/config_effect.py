@@ -234,13 +234,16 @@ def _idle_in_sources(data: DataConfig) -> Iterator[Idle]:
 
 
 TRANSFORM_ALWAYS: dict[str, tuple[str, ...]] = {
-    "bitflip": ("storage", "scale", "weight", "input", "output", "lifetime", "fault"),
-    "quantise": ("weight", "input", "attention", "norm", "gradients"),
+    "bitflip": ("unmatched", "storage", "scale", "weight", "input", "output", "lifetime", "fault"),
+    "quantise": ("unmatched", "weight", "input", "attention", "norm", "gradients"),
     "optical": (
+        "unmatched",
         *("input_levels", "weight_levels", "output_levels", "lut_floor", "rounding", "photons", "tile", "ranges"),
         *("range_decay", "attention", "gradients"),
     ),
     "lora": ("rank", "alpha"),
+    "faults of an operand": ("sign_exponent", "mantissa", "bits", "zero_above"),
+    "format of an operand": ("format", "scale", "group_size", "rounding"),
 }
 """Keys of `[[transforms]]` tables beside `kind` and `modules` that act, or are refused by the table's own rules."""
 TRANSFORM_ACTS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {

@@ -7,8 +7,8 @@ import tomli
 
 from train.config import Config, SourceConfig
 from train.config_effect import ACTS, ALWAYS, CHECKED_APART, SOURCE_ACTS, TRANSFORM_ACTS, TRANSFORM_ALWAYS
-from train.config_sources import ConfigError, load_config, schema_keys, to_toml
-from transforms.specs import BitflipSpec, LoraSpec, OpticalSpec, QuantiseSpec
+from train.config_sources import ConfigError, load_config, read_sources, schema_keys, to_toml
+from transforms.specs import BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 PIPELINE = ["--parallel.pipeline", "2", "--model.shape.num_layers", "8"]
 FILES = ["--data.source", "files", "--data.paths", "a.txt"]
@@ -101,6 +101,8 @@ def test_every_key_says_when_it_acts():
         kind = spec.model_fields["kind"].annotation.__args__[0]
         said = [*TRANSFORM_ALWAYS[kind], *TRANSFORM_ACTS.get(kind, {}), "kind", "modules"]
         assert sorted(said) == sorted(spec.model_fields), kind
+    assert set(TRANSFORM_ALWAYS["faults of an operand"]) == set(CellFaults.model_fields)
+    assert set(TRANSFORM_ALWAYS["format of an operand"]) == set(Quantised.model_fields)
 
 
 def test_every_condition_is_tried_below():
@@ -203,6 +205,52 @@ def test_what_no_source_can_use_is_refused(text, key, tmp_path):
 
 
 # Transforms
+
+
+def test_one_table_may_stand_alone_and_flags_reach_into_it(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[transforms]\nkind = "optical"\nphotons = 5.0\n[data.sources]\nsource = "embedded"\n')
+    flags = [
+        "--transforms.0.photons",
+        "10",
+        "--transforms.0.modules",
+        "*.q_proj",
+        "--data.sources.0.max_documents",
+        "3",
+    ]
+    config = load_config([str(file)], flags)
+    [spec], [source] = config.transforms, config.data.all_sources
+    assert (spec.photons, spec.modules, source.max_documents) == (10, ["*.q_proj"], 3)
+    twice = read_sources([str(file), str(file)], [])
+    assert [one["kind"] for one in twice.values["transforms"]] == ["optical", "optical"]
+    made = ["--transforms.0.kind", "bitflip", "--transforms.0.weight.mantissa", "1e-3"]
+    assert load_config([], made).transforms[0].weight.mantissa == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--transforms.photons", "transforms is an array of tables: name one by its number, transforms.0.photons"),
+        ("--transforms.2.photons", "transforms has one table, number 0: expected a number there"),
+        ("--transforms.0.photns", "unknown key; did you mean photons?"),
+    ],
+)
+def test_a_flag_that_reaches_into_nothing_says_how(flag, message, tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[transforms]\nkind = "optical"\n')
+    [found] = problems([flag, "10"], [str(file)]).values()
+    assert message in found
+    assert f"flag {flag}" in found
+
+
+@pytest.mark.parametrize("flag", ["notes.md", '["notes.md"]', "2024.md"])
+def test_one_path_needs_no_array(flag):
+    assert load_config([], ["--data.source", "files", "--data.paths", flag]).data.paths == [flag.strip('[]"')]
+
+
+def test_several_values_without_an_array_say_how():
+    flags = ["--data.source", "files", "--data.paths", "a.md", "b.md"]
+    assert "several values are one array" in "".join(problems(flags).values())
 
 
 @pytest.mark.parametrize(
