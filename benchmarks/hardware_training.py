@@ -56,6 +56,8 @@ class Plan:
     seeds: tuple[int, ...]
     processes: int
     paced: bool
+    with_effects: str = ""
+    """Further flags of runs with hardware effects."""
 
 
 PLANS = {
@@ -66,19 +68,21 @@ PLANS = {
         (1, 2, 3), 1, True,
     ),
     "quickstart": Plan(
-        "--validation.transforms both",
+        "",
         (CLEAN, "int8", "int4_a8", "bitnet_b158", "mxfp8", "mxfp4", "optical_8bit", "bitflip_mantissa", "bitflip_all_bits"),
-        (1234,), 2, False,
+        (1234,), 2, False, "--validation.transforms both",
     ),
 }  # fmt: skip
 COMMON = "--run.device cpu --validation.interval 1000000 --checkpoint.interval 0 --faults.non_finite skip"
+PACER = ("--training.steps", "100000000", "--validation.interval", "0", "--validation.steps", "0")
+"""Flags of a clean run that trains until it is stopped."""
 
 
 class Runs:
     """Starts training runs that share one prepared corpus."""
 
     def __init__(self, plan: Plan, flags: list[str], folder: Path):
-        self.processes, self.folder = plan.processes, folder
+        self.processes, self.folder, self.with_effects = plan.processes, folder, plan.with_effects.split()
         base = ["--config", "configs/quickstart.toml", "--run.dir", str(folder), "--data.dir", str(folder / "data")]
         self.flags = [*base, *COMMON.split(), *plan.flags.split(), *flags]
         common.run("-m", "launch.cli", "prepare", *self.flags)
@@ -89,7 +93,7 @@ class Runs:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         command += ["train/main.py", *self.flags, "--run.name", name, *flags]
         if effect != CLEAN:
-            command += ["--config", str(common.effect_file(effect, self.folder))]
+            command += ["--config", str(common.effect_file(effect, self.folder)), *self.with_effects]
         with open(self.folder / f"{name}.log", "w", encoding="utf-8") as log:
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | common.ENVIRONMENT, stdout=log, stderr=log)
 
@@ -108,7 +112,7 @@ class Runs:
             SystemExit: it ended by itself.
         """
         name = "pacer"
-        process = self.start(name, CLEAN, "--training.steps", "100000000", "--validation.interval", "0")
+        process = self.start(name, CLEAN, *PACER)
         try:
             while not self.rows(name):
                 if process.poll() is not None:
@@ -287,7 +291,7 @@ def opened(options: argparse.Namespace, plan: Plan, work: Path) -> dict[str, Any
     Raises:
         SystemExit: it is one of other settings or effects.
     """
-    settings = [*COMMON.split(), *plan.flags.split(), *options.flags]
+    settings = [*COMMON.split(), *plan.flags.split(), *plan.with_effects.split(), *options.flags]
     effects = {name: common.tables(common.effect_file(name, work)) for name in options.effects if name != CLEAN}
     new = {"plan": options.plan, "file": options.out.name, "processes": plan.processes, "settings": settings}
     if not options.out.exists():

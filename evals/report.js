@@ -9,7 +9,13 @@
   if (!controls) return;
   controls.hidden = false;
   const chosen = (name) => controls.elements[name];
-  const xOf = (run, step) => (chosen("axis").value === "tokens" ? step * data.runs[run].tokens_per_step : step);
+  // A run that went on with another batch size has several stretches of steps; before the first one nothing is recorded.
+  const tokensAt = (stretches, step) => {
+    const found = stretches.filter(([from]) => from <= step).pop();
+    if (found) return found[1] + (step - found[0]) * found[2];
+    return (stretches[0][1] * step) / stretches[0][0];
+  };
+  const xOf = (run, step) => (chosen("axis").value === "tokens" ? tokensAt(data.runs[run].stretches, step) : step);
 
   function short(value) {
     for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])

@@ -179,11 +179,18 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> str:
         for chart in charts_of(runs, names)
     }
     found = {
-        "runs": [{"tokens_per_step": run.tokens_per_step} for run in runs],
+        "runs": [{"stretches": _stretches(run)} for run in runs],
         "ends": [run.step for run in runs],
         "charts": charts,
     }
     return json.dumps(found, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _stretches(run: Run) -> list[list[int]]:
+    """[step, tokens until it, tokens of each step from there on], for the axis of tokens."""
+    if run.counts is not None:
+        return [[stretch.step, stretch.tokens, stretch.tokens_per_step] for stretch in run.counts.stretches]
+    return [[0, 0, run.config.tokens_per_step if run.config is not None else 1]]
 
 
 def _each(runs: Sequence[Run], names: Sequence[str], section: Callable[[Run], str]) -> str:

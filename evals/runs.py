@@ -22,6 +22,7 @@ from parallel.degrees import resolve_degrees
 from train.config import Config, named_shape, total_steps
 from train.plan_setup import Setup
 from train.plan_time import ASSUMED_MFU, GPUS, plan_time
+from train.row_counts import RowCounts, Stretch
 from train.run_folder import RunFolder, RunFolderError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -45,6 +46,10 @@ class SavedStep:
     """Bytes."""
     verified: bool = False
     """The verification in the background has passed."""
+    rows_consumed: int | None = None
+    """Rows of data that it was trained on."""
+    rows_fingerprint: str = ""
+    """Of these rows."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ class Run:
     """A job holds the lock; None where that cannot be found out."""
     started: float | None = None
     """When a job last took the lock, unix seconds."""
+    counts: RowCounts | None = None
+    """Rows and tokens of each step; None where the folder cannot tell."""
+    rows_fingerprint: str = ""
+    """Of the rows that it trains on; empty where nothing tells."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +107,10 @@ class Run:
             return None
         if self.shape is None and self.config.training.tokens_per_parameter is not None:
             return None
-        return total_steps(self.config, cast(LlamaShape, self.shape))  # looked at for tokens_per_parameter only
+        trained = self.counts.unchanged_since if self.counts is not None else (0, 0)
+        return total_steps(
+            self.config, cast(LlamaShape, self.shape), trained
+        )  # the shape for tokens_per_parameter only
 
     @property
     def last_step(self) -> int | None:
@@ -107,8 +119,14 @@ class Run:
         return None if total is None or self.config is None else min(total, self.config.training.stop_after or total)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.config.tokens_per_step if self.config is not None else 1
+    def tokens(self) -> float | None:
+        """Tokens until the last logged step."""
+        if not self.rows:
+            return None
+        step = self.rows[-1]["step"]
+        if self.counts is not None and step >= self.counts.first_step:
+            return self.counts.tokens(step)
+        return latest(self.rows, "tokens")
 
     @property
     def saved(self) -> SavedStep | None:
@@ -150,6 +168,7 @@ def read_run(path: Path) -> Run:
     ]
     shape = _read_checkpoints(run)
     run.shape = shape or _shape_of(run, folder)
+    _read_counts(run, folder)
     return run
 
 
@@ -191,7 +210,7 @@ def seconds_per_step(run: Run) -> float | None:
     if pairs:
         return sum(seconds for _, seconds in pairs) / sum(steps for steps, _ in pairs)
     rate = latest(run.rows, "tokens_per_second")
-    return run.tokens_per_step / rate if rate and run.config is not None else None
+    return run.config.tokens_per_step / rate if rate and run.config is not None else None
 
 
 def throughput(run: Run) -> float | None:
@@ -254,6 +273,43 @@ def _read_metrics(run: Run, file: Path) -> None:
             run.validation.append(figures | {"step": row["step"]})
     for rows in (run.rows, run.validation):
         rows.sort(key=lambda row: row["step"])
+
+
+def _read_counts(run: Run, folder: RunFolder) -> None:
+    """Fill in which rows and tokens each step had."""
+    try:
+        record = folder.read_rows()
+    except RunFolderError as error:
+        run.problems.append(str(error))
+        return
+    if record is not None:
+        run.counts, run.rows_fingerprint = RowCounts(record.stretches), record.fingerprint
+    elif run.config is not None and run.rows:
+        run.counts = _counts_of_old(run, run.config)
+        run.rows_fingerprint = run.saved.rows_fingerprint if run.saved is not None else ""
+        if run.counts is None:
+            run.problems.append(
+                "an earlier version made this run and does not say which rows each step had: tokens are as it logged them, "
+                "which is wrong if it began from a checkpoint with another batch size"
+            )
+
+
+def _counts_of_old(run: Run, config: Config) -> RowCounts | None:
+    """The counts of a run without a record, as far as they are certain: from the first logged step on.
+
+    Within a folder the batch size is one. How many rows came before it is known from a checkpoint, or where the run's first
+    step is logged.
+    """
+    rows_per_step, length = config.training.global_batch_size, config.training.sequence_length
+    before = run.rows[0]["step"] - 1
+    saved = run.saved
+    if saved is not None and saved.rows_consumed is not None:
+        rows = saved.rows_consumed - (saved.step - before) * rows_per_step
+    elif before == 0:
+        rows = 0
+    else:
+        return None
+    return RowCounts([Stretch(before, rows, rows * length, rows_per_step, rows_per_step * length)])
 
 
 def _json_lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -321,7 +377,10 @@ def _saved_step(files: Any, folder: str, step: int) -> tuple[SavedStep, LlamaSha
     if time is None and hasattr(files, "modified"):
         time = files.modified(f"{folder}/commit.json").timestamp()
     verified = _json_file(files, f"{folder}/verified.json") is not None
-    saved = SavedStep(step, True, commit.get("permanent") is True, time, total, verified)
+    data = commit["data"] if isinstance(commit.get("data"), dict) else {}
+    rows = data["rows_consumed"] if type(data.get("rows_consumed")) is int else None
+    fingerprint = str(data.get("fingerprint", ""))
+    saved = SavedStep(step, True, commit.get("permanent") is True, time, total, verified, rows, fingerprint)
     try:
         fields = dict(commit["shape"])
         scaling = fields.get("rope_scaling")

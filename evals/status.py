@@ -94,7 +94,7 @@ def status_of(run: Run, now: float) -> Status:
         val_loss=latest(run.validation, "val_loss"),
         val_bits_per_byte=latest(run.validation, "val_bits_per_byte"),
         val_step=run.validation[-1]["step"] if run.validation else None,
-        tokens=latest(run.rows, "tokens"),
+        tokens=run.tokens,
         tokens_per_second=rate,
         tokens_per_second_per_device=per_device,
         processes=run.processes,

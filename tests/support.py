@@ -127,7 +127,14 @@ def tiny_flags(run_dir: Path, corpus: Path, name: str = "run", **changes: object
         "validation__steps": 2,
         "faults__slow_rank": 0,  # processes that share cores take turns at being slow
         "metrics__log_interval": 1,
-    } | changes
+    }
+    if changes.get("checkpoint__interval") == 0:
+        del settings["checkpoint__keep"]
+    if changes.get("validation__interval") == 0:
+        del settings["validation__steps"]
+    if changes.get("data__source") == "random":
+        del settings["data__paths"], settings["data__validation_fraction"]
+    settings |= changes
     return [
         part
         for key, value in settings.items()

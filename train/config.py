@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from models.sizes import SIZES, LlamaShape, RopeScaling, num_parameters_without_embedding, with_overrides
-from transforms.specs import TransformSpec
+from transforms.specs import Texts, TransformSpec
 
 
 def _integral(value: Any) -> Any:
@@ -105,12 +105,17 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     source: Literal["embedded", "files", "hub", "random"] = "embedded"
     """embedded: source text of this Python's standard library; files: `paths`; hub: `dataset`; random: noise for benchmarks."""
-    paths: list[str] = []
-    """files: globs of .txt, .jsonl or .parquet (.txt and .jsonl also with .gz)."""
-    validation_paths: list[str] = []
+    paths: Texts = []
+    """files: globs of .txt, .md, .jsonl or .parquet (all but .parquet also with .gz)."""
+    validation_paths: Texts = []
     """files: globs of the held-out text; default: a share of every .txt file's end and of the jsonl/parquet documents."""
     column: str = "text"
     """jsonl, parquet and hub: the field that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """files: bytes that are not UTF-8 are refused, or replaced by U+FFFD and counted."""
+    skip_invalid: bool = False
+    """files and hub: leave out documents that cannot be used (no JSON, no such field, no text, not UTF-8) and count them,
+    instead of stopping at the first one."""
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """hub: dataset id."""
     subset: str = "sample-100BT"
@@ -124,7 +129,7 @@ class SourceConfig(Section):
     validation_fraction: Fraction = 0.005
     """Share of the documents that is held out for validation."""
     weight: Positive = 1.0
-    """Share of the training tokens in a mixture of sources, relative to the other weights."""
+    """Share of the training rows in a mixture of sources, relative to the other weights."""
 
 
 class DataConfig(SourceConfig):
@@ -135,7 +140,17 @@ class DataConfig(SourceConfig):
     shuffle_window: PositiveCount = 1024
     """streaming: rows that are shuffled among each other."""
     sources: list[SourceConfig] = []
-    """A mixture: `[[data.sources]]` tables with the keys above; when given, `data.source` itself is not used."""
+    """A mixture: `[[data.sources]]` tables with the keys above; what a table does not say it takes from `[data]`."""
+
+    @model_validator(mode="after")
+    def _inherit(self) -> DataConfig:
+        shared = {key: getattr(self, key) for key in SourceConfig.model_fields if key in self.model_fields_set}
+        complete = [
+            source.model_copy(update={k: v for k, v in shared.items() if k not in source.model_fields_set})
+            for source in self.sources
+        ]
+        object.__setattr__(self, "sources", complete)  # the model is frozen for everyone else
+        return self
 
     @property
     def all_sources(self) -> list[SourceConfig]:
@@ -245,7 +260,7 @@ class Float8Config(Section):
     row, more exact and slower. On CPU emulated."""
     min_size: Count = 0
     """Leave layers alone whose inputs or outputs are fewer than this; 0: what the recipe gains from on an H100."""
-    skip: list[str] = []
+    skip: Texts = []
     """Further layers to leave alone: globs on their names, such as "*.k_proj"."""
 
 
@@ -413,14 +428,20 @@ def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape
     return with_overrides(SIZES[model.name][size], **overrides)
 
 
-def total_steps(config: Config, shape: LlamaShape) -> int:
-    """Length of the schedule in optimizer steps, whichever way it was given (default 1000); rounded up."""
-    training = config.training
+def total_steps(config: Config, shape: LlamaShape, trained: tuple[int, int] = (0, 0)) -> int:
+    """Length of the schedule in optimizer steps, whichever way it was given (default 1000); rounded up.
+
+    Args:
+        trained: steps and tokens that a resumed run has trained on with other batches.
+    """
+    training, (steps, tokens) = config.training, trained
     if training.steps is not None:
         return training.steps
+    wanted: float
     if training.tokens is not None:
-        return math.ceil(training.tokens / config.tokens_per_step)
-    if training.tokens_per_parameter is not None:
-        tokens = training.tokens_per_parameter * num_parameters_without_embedding(shape)
-        return math.ceil(tokens / config.tokens_per_step)
-    return 1000
+        wanted = training.tokens
+    elif training.tokens_per_parameter is not None:
+        wanted = training.tokens_per_parameter * num_parameters_without_embedding(shape)
+    else:
+        return 1000
+    return steps + max(0, math.ceil((wanted - tokens) / config.tokens_per_step))

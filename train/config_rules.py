@@ -19,10 +19,7 @@ from parallel.degrees import (
 from parallel.float8_layers import PART, block_layers, choices
 from train.config import (
     Config,
-    DistillationConfig,
-    OptimizerConfig,
     ParallelConfig,
-    RobustConfig,
     named_shape,
     total_steps,
 )
@@ -124,13 +121,7 @@ def _sources(config: Config) -> Iterator[Problem]:
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
-    if optimizer.name != "muon":
-        for key in ("momentum", "nesterov"):
-            value = getattr(optimizer, key)
-            if value != OptimizerConfig.model_fields[key].default:
-                message = f'only optimizer.name = "muon" has it, and this is "{optimizer.name}": leave it out'
-                yield Problem(message, f"optimizer.{key}", value)
-    elif any(spec.kind == "lora" for spec in config.transforms):
+    if optimizer.name == "muon" and any(spec.kind == "lora" for spec in config.transforms):
         yield Problem("adapters are trained with AdamW, and nothing would be left for Muon", "optimizer.name", "muon")
     if optimizer.name == "adamw_bf16":
         for key in ("beta1", "beta2"):
@@ -351,19 +342,11 @@ def _odd_one(parallel: ParallelConfig) -> tuple[str, int]:
 
 
 def _combinations(config: Config) -> Iterator[Problem]:
-    """Settings that would have no effect, or that cannot go together."""
+    """Settings that cannot go together; what would have no effect is in `train/config_effect.py`."""
     parallel, compiled = config.parallel, config.compile.enabled
-    needs_compile = {
-        "compile.cuda_graphs": config.compile.cuda_graphs,
-        "parallel.async_tensor": parallel.async_tensor,
-        "activation_checkpointing.mode": config.activation_checkpointing.mode == "budget",
-    }
-    for key, used in needs_compile.items():
-        if used and not compiled:
-            section, name = key.split(".")
-            yield Problem(
-                "this is the compiler's work: set compile.enabled", key, getattr(getattr(config, section), name)
-            )
+    if config.activation_checkpointing.mode == "budget" and not compiled:
+        message = "this is the compiler's work: set compile.enabled"
+        yield Problem(message, "activation_checkpointing.mode", "budget")
     recomputes_twice = parallel.pipeline != 1 and parallel.pipeline_schedule in ("zero_bubble", "zbv")
     if recomputes_twice and config.activation_checkpointing.mode == "selective" and not compiled:
         yield Problem(
@@ -377,28 +360,17 @@ def _combinations(config: Config) -> Iterator[Problem]:
             f"{parallel.pipeline_schedule} loses gradients with it: weights must stay between both parts of a backward"
         )
         yield Problem(message, "parallel.reshard_after_forward", True)
-    if parallel.async_tensor and parallel.tensor == 1:
-        yield Problem("there is no exchange to overlap with parallel.tensor = 1", "parallel.async_tensor", True)
     if config.training.document_mask and any(source.source == "random" for source in config.data.all_sources):
         yield Problem("random tokens have no documents", "training.document_mask", True)
 
 
 def _robust(config: Config) -> Iterator[Problem]:
-    """Weight clipping and distillation: settings without effect, and what they cannot go with."""
+    """What weight clipping and distillation cannot go with."""
     robust, distillation = config.robust, config.distillation
-    if not robust.clip_weights and robust.clip_per != RobustConfig.model_fields["clip_per"].default:
-        yield Problem(
-            "nothing is clipped: give robust.clip_weights, or leave it out", "robust.clip_per", robust.clip_per
-        )
     if robust.clip_weights and any(spec.kind == "lora" for spec in config.transforms):
         message = "the weights beside adapters are frozen, and no update changes them: leave it 0"
         yield Problem(message, "robust.clip_weights", robust.clip_weights)
     if not distillation.teacher:
-        for key in ("weight", "temperature"):
-            value = getattr(distillation, key)
-            if value != DistillationConfig.model_fields[key].default:
-                message = "nobody to learn from: give distillation.teacher, or leave it out"
-                yield Problem(message, f"distillation.{key}", value)
         return
     if distillation.teacher == "hf:":
         message = 'expected a run folder, a checkpoint, "hf:FOLDER" or "hf:ORGANISATION/NAME"'

@@ -12,7 +12,6 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -22,111 +21,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
+from train.config_merge import ARRAYS, ConfigError, Problem, Sources, show
 from train.redaction import redact
 from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 EXIT_CONFIG = 2
-ONE_OF = [("training.steps", "training.tokens", "training.tokens_per_parameter")]
-"""Keys that say the same thing in different ways: one source may set only one, and a later source replaces it."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a configuration."""
-
-    message: str
-    key: str = ""
-    value: Any = None
-    origin: str = ""
-
-    def __str__(self) -> str:
-        where = f"{self.origin}: " if self.origin else ""
-        what = f"{self.key} = {_show(self.value)}" if self.key and self.value is not None else self.key
-        head = f"{where}{what}".rstrip(": ")
-        return f"  {head}\n      {self.message}" if head else f"  {self.message}"
-
-
-class ConfigError(Exception):
-    """All problems of a configuration; `str()` is the report for the user."""
-
-    def __init__(self, problems: Sequence[Problem]):
-        self.problems = list(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(redact(f"{count} in the configuration:\n\n" + "\n\n".join(map(str, self.problems))))
-
-
-@dataclass
-class Sources:
-    """Merged values, and for every dotted key the file or flag that set it."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def origin(self, key: str) -> str:
-        """The source of a key, of all that is below it, or of the nearest table around it."""
-        below = dict.fromkeys(origin for name, origin in self.origins.items() if name.startswith(key + "."))
-        found = self.origins.get(key) or ", ".join(below)
-        while key and not found:
-            key = key.rpartition(".")[0]
-            found = self.origins.get(key, "")
-        return found
-
-    def get(self, key: str) -> Any:
-        value: Any = self.values
-        for part in key.split("."):
-            if isinstance(value, list):
-                value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
-            else:
-                value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    def set(self, key: str, value: Any, origin: str) -> None:
-        """Set one leaf; arrays of tables append, and an explicit empty array clears."""
-        table = self.values
-        *parents, last = key.split(".")
-        for part in parents:
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
-                self.problems.append(
-                    Problem(f'"{part}" is a value elsewhere, so it cannot be a table', key, value, origin)
-                )
-                return
-        if value == {} and isinstance(table.get(last), dict):
-            return  # an empty section says nothing
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            earlier = table.get(last)
-            offset = len(earlier) if isinstance(earlier, list) else 0
-            table[last] = [*(earlier if isinstance(earlier, list) else []), *value]
-            self.origins.update({f"{key}.{offset + i}": origin for i in range(len(value))})
-        else:
-            table[last] = value
-        self.origins[key] = origin
-
-    def remove(self, key: str) -> None:
-        parent = self.get(key.rpartition(".")[0]) if "." in key else self.values
-        last = key.rpartition(".")[2]
-        if isinstance(parent, dict):
-            parent.pop(last, None)
-        elif isinstance(parent, list) and key.split(".")[-2] == "sources" and last.isdigit():
-            parent[int(last)] = {}  # its place keeps the numbers of the others
-        elif isinstance(parent, list) and key.split(".")[-2] == "transforms" and last.isdigit():
-            parent[int(last)] = {"kind": "bitflip", "weight": {}}
-        elif isinstance(parent, list):
-            self.remove(key.rpartition(".")[0])
-
-    def add_layer(self, leaves: list[tuple[str, Any]], origin_of: dict[str, str]) -> None:
-        names = {key for key, _ in leaves}
-        for group in ONE_OF:
-            given = [key for key in group if key in names]
-            if len(given) > 1:
-                both = " and ".join(given)
-                self.problems.append(Problem(f"{both} say the same thing: give one", origin=origin_of[given[0]]))
-            for key in group:
-                if given and key not in given:
-                    self.remove(key)
-        for key, value in leaves:
-            self.set(key, value, origin_of[key])
 
 
 def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int | None = None) -> Config:
@@ -144,12 +43,34 @@ def load_config(files: Sequence[str], flags: Sequence[str] = (), world_size: int
 
     sources = read_sources(files, flags)
     config, broken = validate(sources)
+    config = _without_superseded(config, broken, sources)
     for problem in cross_checks(config, world_size):
         if not any(key == problem.key or key.startswith(problem.key + ".") for key in broken):
             origin = problem.origin or sources.origin(problem.key)
             sources.problems.append(Problem(problem.message, problem.key, problem.value, origin))
     if sources.problems:
         raise ConfigError(sources.problems)
+    return config
+
+
+def _without_superseded(config: Config, broken: set[str], sources: Sources) -> Config:
+    """Take back what an earlier source set for a choice that a later one has replaced; what else has no effect is a problem.
+
+    As with the length of a run: `schedule.name = "cosine"` in a later file also ends `schedule.decay_fraction` of "wsd".
+    """
+    from train.config_effect import idle
+
+    for _ in range(10):  # what is taken back may have been what another key depended on
+        old = [one.key for one in idle(config) if sources.superseded(one.key, one.when.deciders)]
+        for key in old:
+            sources.remove(key)
+        if not old:
+            break
+        config = Config.model_validate(sources.values)
+    for one in idle(config):
+        # The default stands in for a value that is wrong: what it would decide is not known.
+        if not any(f"{key}.".startswith(f"{decider}.") for key in broken for decider in one.when.deciders):
+            sources.problems.append(Problem(one.message, one.key, one.value, sources.origin(one.key)))
     return config
 
 
@@ -170,7 +91,11 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
         sources.problems.append(Problem(f"includes itself: {' -> '.join((*includers, path))}", origin=path))
         return
     try:
-        content = tomli.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomli.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of some systems begin with a mark
+    except UnicodeDecodeError as error:
+        message = f"not a TOML file: it is not UTF-8 (byte {error.start}); save it as UTF-8"
+        sources.problems.append(Problem(message, origin=path))
+        return
     except OSError as error:
         by = f" (included by {includers[-1]})" if includers else ""
         sources.problems.append(Problem(f"cannot read this file{by}: {error.strerror or error}", origin=path))
@@ -193,7 +118,9 @@ def _add_file(sources: Sources, path: str, includers: tuple[str, ...], done: set
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and f"{prefix}{key}" in ARRAYS:
+            yield f"{prefix}{key}", [value]
+        elif isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -205,7 +132,8 @@ def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tupl
     while pending:
         flag = pending.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            problems.append(Problem("expected a flag like --training.steps 100", origin=f"argument {flag}"))
+            message = 'expected a flag like --training.steps 100; several values are one array: \'["a", "b"]\''
+            problems.append(Problem(message, origin=f"argument {flag}"))
             continue
         key, equals, text = flag[2:].partition("=")
         if not equals:
@@ -218,8 +146,9 @@ def _parse_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tupl
 
 
 def _flag_value(key: str, text: str) -> Any:
-    """Read as TOML, unless the field is a string."""
-    if _field_type(key) is str:
+    """Read as TOML, unless the field is a string; one text stands for a list of texts."""
+    kind = _field_type(key)
+    if kind is str or (kind == list[str] and not text.lstrip().startswith("[")):
         return text
     try:
         value = tomli.loads(f"value = {text}")["value"]
@@ -358,15 +287,6 @@ def _suggest_transform(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(allowed)}"
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def to_toml(config: Config) -> str:
     """The resolved configuration, defaults included; loading it gives an equal one."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
@@ -380,7 +300,7 @@ def help_text() -> str:
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
             lines.append(f"\n[{section}]")
-        default = "" if info.default is None else f" (default {_show(info.default)})"
+        default = "" if info.default is None else f" (default {show(info.default)})"
         lines.append(f"  --{key} {_type_name(info.annotation)}{default}\n      {(info.description or '').strip()}")
     return "\n".join(lines)
 

@@ -7,31 +7,18 @@ documents stay out of training however the corpus is read.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from train.config import SourceConfig
-
-# What one file or line may unpack to: more is a mistake, or a compressed file made to fill the memory.
-LONGEST_TEXT = 1 << 32
-LONGEST_LINE = 1 << 28
-
-
-class DataError(Exception):
-    """The data cannot be used as configured; the message says what, where and what to do."""
+from train.text_files import DataError as DataError
+from train.text_files import Intake, ending, no_field, read_texts
 
 
 @dataclass(frozen=True)
@@ -41,31 +28,40 @@ class Document:
     """Whether it belongs to the validation split."""
 
 
-def documents(source: SourceConfig, skip: int = 0, hub_state: dict[str, Any] | None = None) -> DocumentStream:
+def documents(
+    source: SourceConfig, skip: int = 0, hub_state: dict[str, Any] | None = None, intake: Intake | None = None
+) -> DocumentStream:
     """All documents of a source from number `skip` on; a Hub stream goes on from `hub_state` instead of re-reading.
 
     Raises:
         DataError: nothing matches, or nothing can be read.
     """
-    return DocumentStream(source, skip, hub_state)
+    return DocumentStream(source, skip, hub_state, intake)
 
 
 class DocumentStream:
     """Iterates `Document`s; `consumed` counts them from the beginning of the corpus."""
 
-    def __init__(self, source: SourceConfig, skip: int = 0, hub_state: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        source: SourceConfig,
+        skip: int = 0,
+        hub_state: dict[str, Any] | None = None,
+        intake: Intake | None = None,
+    ):
         self.source = source
         self.consumed = skip
+        self.intake = intake or Intake(source)
         self._hub: Any = None
         if source.source == "embedded":
             self._documents = _skipped(_embedded(source), skip)
         elif source.source == "files":
-            self._documents = _skipped(_files(source), skip)
+            self._documents = _skipped(_files(source, self.intake), skip)
         elif source.source == "hub":
             self._hub = hub_dataset(source)
             if hub_state is not None:
                 self._hub.load_state_dict(hub_state)
-            self._documents = _hub(source, self._hub, skip)
+            self._documents = _hub(source, self._hub, skip, self.intake)
         else:
             raise DataError(f'source = "{source.source}" has no documents')
 
@@ -138,44 +134,36 @@ def _matches(patterns: list[str], key: str) -> list[Path]:
             raise DataError(f"data.{key}: no file matches {pattern!r} (seen from {os.getcwd()})")
         found.update(dict.fromkeys(matches))
     for path in found:
-        if not _ending(path):
-            raise DataError(f"data.{key}: {path} is not .txt, .jsonl or .parquet (.txt and .jsonl also with .gz)")
+        if not ending(path):
+            raise DataError(f"data.{key}: {path} is not .txt, .jsonl or .parquet (.txt, .md and .jsonl also with .gz)")
     return list(found)
 
 
-def _ending(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    last = suffixes[-1] if suffixes else ""
-    known = {".txt": "txt", ".text": "txt", ".md": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-    return known.get(last, "")
-
-
-def _files(source: SourceConfig) -> Iterator[Document]:
+def _files(source: SourceConfig, intake: Intake) -> Iterator[Document]:
     validation = _matches(source.validation_paths, "validation_paths")
     held_out = {path.resolve() for path in validation}  # a glob of everything may well match them
     training = [path for path in _matches(source.paths, "paths") if path.resolve() not in held_out]
     limit = source.max_documents if validation and source.max_documents else None
-    yield from islice(_training_files(source, training, 0.0 if validation else source.validation_fraction), limit)
+    fraction = 0.0 if validation else source.validation_fraction
+    yield from islice(_training_files(training, fraction, intake), limit)
     for path in validation:
-        texts = [_read_text(path)] if _ending(path) == "txt" else _records(path, source.column)
-        for text in texts:
+        for text in read_texts(path, intake):
             yield Document(text, held_out=True)
 
 
-def _training_files(source: SourceConfig, paths: list[Path], fraction: float) -> Iterator[Document]:
+def _training_files(paths: list[Path], fraction: float, intake: Intake) -> Iterator[Document]:
     number = 0
     for path in paths:
-        if _ending(path) == "txt":
-            yield from _text_file(path, fraction)
-            continue
-        for text in _records(path, source.column):
+        for text in read_texts(path, intake):
+            if ending(path) == "txt":
+                yield from _parts(text, fraction)
+                continue
             yield Document(text, is_held_out(str(number), fraction))
             number += 1
 
 
-def _text_file(path: Path, fraction: float) -> Iterator[Document]:
-    """One document, and its last `fraction`, cut at a line's end, as held-out text."""
-    text = _read_text(path)
+def _parts(text: str, fraction: float) -> Iterator[Document]:
+    """A text file as one document, and its last `fraction`, cut at a line's end, as held-out text."""
     cut = len(text)
     if fraction > 0:
         wanted = int(len(text) * (1 - fraction))
@@ -185,60 +173,6 @@ def _text_file(path: Path, fraction: float) -> Iterator[Document]:
     for part, held_out in ((text[:cut], False), (text[cut:], True)):
         if part.strip():
             yield Document(part, held_out)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into a `DataError` that names it."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with _naming(path), opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        text = file.read(LONGEST_TEXT + 1)
-    if len(text) > LONGEST_TEXT:
-        raise DataError(f"{path} unpacks to more than {LONGEST_TEXT:,} characters: cut it into several files")
-    return text
-
-
-def _records(path: Path, column: str) -> Iterator[str]:
-    """The text column of a jsonl or parquet file; empty texts are left out."""
-    with _naming(path):
-        yield from _parquet(path, column) if _ending(path) == "parquet" else _jsonl(path, column)
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    parquet = pyarrow.parquet.ParquetFile(path)
-    schema = parquet.schema_arrow
-    if column not in schema.names:
-        raise DataError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f"{path}: column {column!r} holds {kind}, not text")
-    for batch in parquet.iter_batches(columns=[column]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
-
-
-def _jsonl(path: Path, column: str) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
-            if not line.strip():
-                continue
-            if len(line) == LONGEST_LINE:
-                raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
-            try:
-                text = json.loads(line)[column]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: expected a JSON object with a field {column!r} ({error})") from error
-            if not isinstance(text, str):
-                raise DataError(f"{path}:{number}: field {column!r} is not a string")
-            if text:
-                yield text
 
 
 def hub_dataset(source: SourceConfig) -> Any:
@@ -258,11 +192,21 @@ def hub_dataset(source: SourceConfig) -> Any:
         raise DataError(f"cannot open {source.dataset} ({source.subset}) on the Hub: {error}") from error
 
 
-def _hub(source: SourceConfig, dataset: Any, first: int) -> Iterator[Document]:
-    for number, record in enumerate(dataset, start=first):
-        if source.column not in record:
-            raise DataError(f"{source.dataset} has no column {source.column!r}; it has {', '.join(record)}")
-        text = record[source.column] or ""
-        if not isinstance(text, str):
-            raise DataError(f"{source.dataset}: column {source.column!r} holds {type(text).__name__}, not text")
-        yield Document(text, is_held_out(str(number), source.validation_fraction))
+def hub_text(record: dict[str, Any], source: SourceConfig, intake: Intake) -> str | None:
+    """The text of one record of a dataset, "" where there is none; None where the document is left out.
+
+    Raises:
+        DataError: the dataset has no such column, or it holds no text and that is not left out.
+    """
+    if source.column not in record:
+        raise DataError(f"{source.dataset}: {no_field(source.column, list(record))}")
+    return "" if record[source.column] is None else intake.field(record, source.dataset)
+
+
+def _hub(source: SourceConfig, dataset: Any, first: int, intake: Intake) -> Iterator[Document]:
+    number = first
+    for record in dataset:
+        text = hub_text(record, source, intake)
+        if text is not None:
+            yield Document(text, is_held_out(str(number), source.validation_fraction))
+            number += 1

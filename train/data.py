@@ -1,9 +1,9 @@
 """Rows of training data: row i is a pure function of (corpora, seed, i).
 
 Rows of T + 1 tokens are cut from a corpus at multiples of T, so that each token is predicted exactly once per epoch.
-Their order is a seeded permutation per epoch; in a mixture a fixed pattern says which source gives row i. Step s trains
-on rows [s B, (s + 1) B), of which data-parallel rank r takes the r-th contiguous part: how many ranks, workers or
-resumes there are cannot change what the model sees.
+Their order is a seeded permutation per epoch; in a mixture `train/mixture.py` says which source gives row i. A step trains
+on the next B rows, of which data-parallel rank r takes the r-th contiguous part: how many ranks, workers or resumes there
+are cannot change what the model sees.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.loss import IGNORE
-from train import records
 from train.config import Config
 from train.corpus import DataError
-from train.prepare import corpus_folder
+from train.mixture import Shares, whole_weights
+from train.prepare import corpus_folder, describe_source, tokenizer_key
+from train.row_counts import DataState, RowCounts
 from train.shards import MANIFEST, Manifest, TokenFile, check_files, verify
 from train.tokenizer import Tokenizer
 
@@ -34,19 +35,6 @@ TOO_LITTLE_HELD_OUT = (
     "the held-out text is shorter than one row: raise data.validation_fraction, name data.validation_paths, "
     "or set validation.interval = 0"
 )
-MIXTURE_PERIOD = 1024
-"""Rows after which a mixture's pattern repeats: weights are exact to 1 in this many."""
-
-
-@dataclass(frozen=True)
-class DataState:
-    """Where training stands in the data: all that a checkpoint needs to keep."""
-
-    __pydantic_config__ = records.STRICT
-    epoch: records.Count
-    seed: records.Count
-    rows_consumed: records.Count
-    fingerprint: str
 
 
 class Rows(Protocol):
@@ -81,39 +69,19 @@ class CorpusRows:
 
 
 class Mixture:
-    """Rows of several sources: of every 1,024 rows each source gives its share, spread evenly."""
+    """Rows of several sources, each giving its share of the rows, spread evenly."""
 
     def __init__(self, sources: list[CorpusRows], weights: list[float], fingerprint: str):
         self.sources, self.fingerprint = sources, fingerprint
-        quotas = _quotas(weights, MIXTURE_PERIOD)
-        # Source s wants its k-th row at (k + 1/2) / quota of the period; sorting those wishes interleaves the sources.
-        wishes = sorted(((k + 0.5) / quota, s, k) for s, quota in enumerate(quotas) for k in range(quota))
-        self._pattern = [(s, k) for _, s, k in wishes]
-        self._quotas = quotas
-
-    def _locate(self, i: int) -> tuple[CorpusRows, int]:
-        period, position = divmod(i, MIXTURE_PERIOD)
-        source, k = self._pattern[position]
-        return self.sources[source], period * self._quotas[source] + k
+        self._shares = Shares(weights)
 
     def read(self, i: int, out: np.ndarray) -> None:
-        source, row = self._locate(i)
-        source.read(row, out)
+        source, row = self._shares.locate(i)
+        self.sources[source].read(row, out)
 
     def epoch(self, i: int) -> int:
-        source, row = self._locate(i)
-        return source.epoch(row)
-
-
-def _quotas(weights: list[float], total: int) -> list[int]:
-    """Whole numbers of sum `total` nearest to the weights (largest remainders), each at least 1."""
-    shares = [weight / sum(weights) * total for weight in weights]
-    quotas = [max(1, int(share)) for share in shares]
-    while sum(quotas) < total:
-        quotas[max(range(len(shares)), key=lambda s: shares[s] - quotas[s])] += 1
-    while sum(quotas) > total:
-        quotas[max(range(len(shares)), key=lambda s: quotas[s] - shares[s] if quotas[s] > 1 else -total)] -= 1
-    return quotas
+        source, row = self._shares.locate(i)
+        return self.sources[source].epoch(row)
 
 
 class RandomRows:
@@ -166,9 +134,9 @@ def open_data(
         return RandomRows(vocab_size, seed), None
     assert tokenizer is not None
     train, held_out, fingerprints = [], [], []
-    num_bytes = num_tokens = 0
+    num_bytes, num_tokens, key = 0, 0, tokenizer_key(config)
     for s, source in enumerate(config.data.all_sources):
-        folder = corpus_folder(config, source)
+        folder = corpus_folder(config, source, key)
         if not (folder / MANIFEST).exists():
             raise DataError(
                 f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first"
@@ -197,8 +165,36 @@ def open_data(
 
 
 def _fingerprint(corpora: list[str], weights: list[float], length: int) -> str:
-    quotas = _quotas(weights, MIXTURE_PERIOD)
-    return hashlib.sha256(json.dumps([corpora, quotas, length]).encode()).hexdigest()
+    """Changes with the text, its tokens, the rows and their order."""
+    # One source has only one order; several had another one before their shares were exact.
+    order = [1024] if len(weights) == 1 else ["shares", *whole_weights(weights)]
+    return hashlib.sha256(json.dumps([corpora, order, length]).encode()).hexdigest()
+
+
+def _quotas(weights: list[float], total: int) -> list[int]:
+    """How many of the first `total` rows of a mixture each source gives."""
+    return Shares(weights).counts(total)
+
+
+def mixture_warnings(config: Config, held_out: HeldOut | None, num_rows: int) -> Iterator[str]:
+    """What a run of `num_rows` rows leaves out of a mixture, in words."""
+    sources = config.data.all_sources
+    names = [f"data.sources.{i} ({describe_source(source)})" for i, source in enumerate(sources)]
+    if len(sources) < 2:
+        return
+    unread = [name for name, rows in zip(names, _quotas([s.weight for s in sources], num_rows)) if not rows]
+    if unread:
+        yield f"a run of {num_rows:,} rows reads none of {_some(unread)}: the weight is too small"
+    if held_out is None or not config.validation.interval:
+        return
+    silent = [name for name, part in zip(names, held_out.parts) if not part.count]
+    if silent and len(silent) < len(sources):
+        yield f"the validation loss is without {_some(silent)}: less than one row of the text is held out"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class RowBatches:
@@ -206,12 +202,25 @@ class RowBatches:
 
     Iterating gives (rows, T + 1) int64 tensors, pinned where the device is a GPU, for steps `first_step`, `first_step` + 1
     and so on. `waited` sums the seconds that the consumer stood still.
+
+    Args:
+        counts: which rows each step takes; by default as if all steps had taken batches of this size.
     """
 
-    def __init__(self, rows: Rows, config: Config, rank: int, size: int, first_step: int, pin: bool):
-        self.rows, self.seed = rows, config.run.seed
-        self.global_batch, self.length = config.training.global_batch_size, config.training.sequence_length
-        self.per_rank = self.global_batch // size
+    def __init__(
+        self,
+        rows: Rows,
+        config: Config,
+        rank: int,
+        size: int,
+        first_step: int,
+        pin: bool,
+        counts: RowCounts | None = None,
+    ):
+        self.rows, self.seed, self.fingerprint = rows, config.run.seed, rows.fingerprint
+        self.length = config.training.sequence_length
+        self.counts = counts or RowCounts.beginning(config.training.global_batch_size, self.length)
+        self.per_rank = config.training.global_batch_size // size
         self.rank, self.pin = rank, pin
         self.step = first_step
         self.waited = 0.0
@@ -236,7 +245,7 @@ class RowBatches:
 
     def _read(self, step: int) -> Tensor:
         batch = torch.empty(self.per_rank, self.length + 1, dtype=torch.int64, pin_memory=self.pin)
-        first = step * self.global_batch + self.rank * self.per_rank
+        first = self.counts.rows(step) + self.rank * self.per_rank
         for k, out in enumerate(batch.numpy()):
             self.rows.read(first + k, out)
         return batch
@@ -253,18 +262,31 @@ class RowBatches:
 
     def state(self) -> dict[str, Any]:
         """The `DataState` after the batches that were handed out."""
-        consumed = self.step * self.global_batch
+        consumed = self.counts.rows(self.step)
         epoch = self.rows.epoch(max(0, consumed - 1))
-        return asdict(DataState(epoch, self.seed, consumed, self.rows.fingerprint))
+        return asdict(DataState(epoch, self.seed, consumed, self.fingerprint, self.counts.stretches))
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
 
 
+class Resumed(NamedTuple):
+    """The checkpoint that a run goes on from, as far as its data is concerned."""
+
+    folder: Path
+    step: int
+    data: dict[str, Any]
+    """Its data state."""
+
+
 class Batches(Protocol):
     """This rank's batches of every step, as the loop uses them."""
 
+    counts: RowCounts
+    """Which rows, and how many tokens, each step takes."""
+    fingerprint: str
+    """Of the rows and their order."""
     waited: float
     """Seconds the consumer stood still so far."""
 
@@ -278,10 +300,8 @@ class TrainingData(Protocol):
 
     held_out: HeldOut | None
 
-    def open(
-        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, dict[str, Any]] | None
-    ) -> Batches:
-        """Batches from the beginning, or as the resumed checkpoint (its folder and its data state) goes on.
+    def open(self, config: Config, rank: int, size: int, pin: bool, resumed: Resumed | None) -> Batches:
+        """Batches from the beginning, or as the resumed checkpoint goes on.
 
         Raises:
             DataError: the checkpoint does not belong to this data.
@@ -300,35 +320,43 @@ class PreparedData:
     rows: Rows
     held_out: HeldOut | None
 
-    def open(
-        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, dict[str, Any]] | None
-    ) -> RowBatches:
-        first_step = first_step_of(resumed[1], self.rows, config) if resumed else 0
-        return RowBatches(self.rows, config, rank, size, first_step, pin)
+    def open(self, config: Config, rank: int, size: int, pin: bool, resumed: Resumed | None) -> RowBatches:
+        if resumed is None:
+            return RowBatches(self.rows, config, rank, size, 0, pin)
+        counts = counts_after(resumed, self.rows, config)
+        return RowBatches(self.rows, config, rank, size, resumed.step, pin, counts)
 
     def state(self, batches: RowBatches, rank: int) -> tuple[dict[str, Any], dict[str, bytes]]:
         return batches.state(), {}
 
 
-def first_step_of(state: dict[str, Any], rows: Rows, config: Config) -> int:
-    """The step at which a saved data state goes on.
+def counts_after(resumed: Resumed, rows: Rows, config: Config) -> RowCounts:
+    """Which rows the steps after a checkpoint take: those after the ones it has consumed, in batches of any size.
 
     Raises:
-        DataError: the state belongs to other data, another seed, or another batch size that does not meet a step's start.
+        DataError: the checkpoint belongs to other data or another seed, or its counts contradict each other.
     """
-    saved = records.parse(DataState, json.dumps(state), "the checkpoint's record of its data", DataError)
+    saved = DataState.of(resumed.data, DataError)
     if saved.fingerprint != rows.fingerprint:
-        raise DataError("the checkpoint was trained on other data (corpus, weights or sequence length differ)")
+        raise DataError(
+            "the checkpoint was trained on other data: the corpus, the weights, the sequence length or, with several "
+            "sources, the order of their rows differ (mixtures had another order before shares were exact)"
+        )
     if saved.seed != config.run.seed:
         raise DataError(
             f"the checkpoint's rows were ordered by run.seed {saved.seed}, this run's seed is {config.run.seed}"
         )
-    if saved.rows_consumed % config.training.global_batch_size:
+    try:
+        counts = saved.counts(resumed.step, config.training.global_batch_size, config.training.sequence_length)
+        consumed = counts.rows(resumed.step)
+    except ValueError as error:
+        raise DataError(f"the checkpoint's record of its data: {error}") from error
+    if consumed != saved.rows_consumed:
         raise DataError(
-            f"the checkpoint has consumed {saved.rows_consumed} rows, which is no multiple of "
-            f"training.global_batch_size {config.training.global_batch_size}"
+            f"the checkpoint's record of its data says {saved.rows_consumed} rows in one place, and {consumed} until step "
+            f"{resumed.step} in another: resume from another step"
         )
-    return saved.rows_consumed // config.training.global_batch_size
+    return counts
 
 
 def validation_batches(held_out: HeldOut, config: Config, rank: int, size: int, micro_batch: int) -> Iterator[Tensor]:

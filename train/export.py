@@ -20,6 +20,7 @@ from parallel.init import ADAPTERS
 from parallel.names import LEARNED
 from train.checkpoint import COMMIT, CheckpointError, Commit, checkpoint_names, committed_steps, read_tensors
 from train.config import Config
+from train.row_counts import tokens_trained
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer, load_tokenizer
 from transforms.lora import merge
@@ -153,7 +154,7 @@ def describe(model: TrainedModel, folder: Path, dtype: str) -> None:
         "run": model.config.run.name,
         "step": model.commit.step,
         "parameters": num_parameters(model.shape),
-        "tokens": model.commit.step * model.config.tokens_per_step,
+        "tokens": tokens_trained(model.commit.data, model.commit.step, model.config.training.sequence_length),
         "transforms": [spec.model_dump(exclude_none=True) for spec in model.config.transforms],
         "noise_seed": model.config.noise_seed,
         "tokenizer": model.commit.tokenizer,

@@ -23,7 +23,7 @@ from train.config import Config, named_shape
 from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
-from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
+from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, mixture_warnings, open_data
 from train.distillation import Teacher, find_teacher
 from train.faults import is_broken_exchange
 from train.metrics import Recorder
@@ -31,6 +31,7 @@ from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PRE
 from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
 from train.redaction import redact
+from train.row_counts import RowRecord
 from train.run_folder import RunFolder, RunFolderError
 from train.tokenizer import Tokenizer
 from train.trainer import NonFinite, Trainer
@@ -175,6 +176,7 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.
         folder.write_config(config)
+        folder.write_rows(RowRecord(trainer.batches.fingerprint, trainer.batches.counts.stretches))
         folder.write_owner()
         if tokenizer is not None:
             tokenizer.save(folder.tokenizer)
@@ -185,6 +187,9 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
     recorder = Recorder(config, folder.path, mesh.is_main, trainer.total_steps, trainer.step + 1)
     try:
         recorder.say(_headline(config, shape, mesh, trainer))
+        num_rows = trainer.batches.counts.rows(trainer.last_step)
+        for warning in mixture_warnings(config, data.held_out, num_rows) if mesh.is_main else ():
+            recorder.say(f"warning: {warning}")
         if config.float8.recipe != "none":
             taken = [c.name for c in choices(shape, config.float8, mesh.tensor.size()) if not c.reason]
             layers = (

@@ -14,9 +14,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from train import records
 from train.config import Config, SourceConfig
 from train.corpus import DataError, Document, DocumentStream, documents, embedded_files, input_files
 from train.shards import MANIFEST, Manifest, Split, SplitWriter
+from train.text_files import Intake, describe_intake
 from train.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 TOKENS_PER_FILE = 100_000_000
@@ -34,13 +35,15 @@ BPE_SAMPLE_CHARACTERS = 20_000_000
 
 # Keys that do not change what is written; they stay out of the folder's name.
 _NOT_CONTENT = {"weight"}
+# Keys that were added later, with what was done before: at that value they stay out as well, and no folder is renamed.
+_ADDED = {"errors": "strict", "skip_invalid": False}
 
 
 def tokenizer_key(config: Config) -> str:
     """What distinguishes one tokenizer from another before it exists; part of every folder's name."""
     tokenizer = config.tokenizer
     if tokenizer.kind == "bpe":
-        corpus = [_content(source) for source in config.data.all_sources]
+        corpus = [source_content(source) for source in config.data.all_sources]
         return f"bpe{tokenizer.vocab_size}-{_digest(corpus)}"
     return f"{tokenizer.kind}-{_digest(tokenizer.path)}" if tokenizer.path else tokenizer.kind
 
@@ -50,10 +53,10 @@ def tokenizer_folder(config: Config) -> Path:
     return Path(config.data.dir) / f"tokenizer-{tokenizer_key(config)}"
 
 
-def corpus_folder(config: Config, source: SourceConfig) -> Path:
-    """Where the shards of one source are kept: named by the source and the tokenizer."""
+def corpus_folder(config: Config, source: SourceConfig, key: str | None = None) -> Path:
+    """Where the shards of one source are kept: named by the source and the tokenizer (`key`, where it is known already)."""
     label = source.dataset.rpartition("/")[2] if source.source == "hub" else source.source
-    return Path(config.data.dir) / f"{label}-{_digest([_content(source), tokenizer_key(config)])}"
+    return Path(config.data.dir) / f"{label}-{_digest([source_content(source), key or tokenizer_key(config)])}"
 
 
 def run_tokenizer(config: Config) -> Tokenizer:
@@ -89,11 +92,16 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> list[Path]:
         if config.tokenizer.kind == "bpe":
             _train_tokenizer(config, say)
         tokenizer = run_tokenizer(config)
-        return [_prepare_source(config, source, tokenizer, say) for source in sources]
+        key = tokenizer_key(config)
+        folders = [_prepare_source(s, corpus_folder(config, s, key), tokenizer, say) for s in sources]
+    held_out = [Manifest.read(folder).splits["validation"].tokens for folder in folders]
+    if not all(held_out) and any(held_out):
+        names = [describe_source(source) for source, tokens in zip(sources, held_out, strict=True) if not tokens]
+        say(f"warning: the validation loss will be without {', '.join(names)}, of which nothing is held out")
+    return folders
 
 
-def _prepare_source(config: Config, source: SourceConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
-    folder = corpus_folder(config, source)
+def _prepare_source(source: SourceConfig, folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Path:
     inputs = inputs_hash(source)
     if (folder / MANIFEST).exists():
         manifest = _readable_manifest(folder)
@@ -127,6 +135,8 @@ class _Position:
     documents: records.Count
     hub_state: dict[str, Any] | None
     splits: dict[str, Split]
+    skipped: dict[str, records.Count] = field(default_factory=dict)
+    replaced: records.Count = 0
 
 
 class _Tokenization:
@@ -135,13 +145,16 @@ class _Tokenization:
     def __init__(self, folder: Path, source: SourceConfig, tokenizer: Tokenizer, inputs: str):
         self.folder, self.source, self.tokenizer, self.inputs = folder, source, tokenizer, inputs
         self.dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self.identity = _digest([inputs, tokenizer.fingerprint, _content(source)])
+        self.identity = _digest([inputs, tokenizer.fingerprint, source_content(source)])
 
     def run(self, say: Callable[[str], None]) -> Manifest:
         position = self._resume()
         splits = {name: position.splits.get(name, Split()) for name in ("train", "validation")}
         writers = {name: SplitWriter(self.folder, name, self.dtype, TOKENS_PER_FILE, splits[name]) for name in splits}
-        stream = documents(self.source, position.documents, position.hub_state)
+        # Local files are read again up to the position, and what is invalid in them is counted again.
+        before = position if position.hub_state is not None else _Position(self.identity, 0, None, {})
+        intake = Intake(self.source, before.skipped, before.replaced)
+        stream = documents(self.source, position.documents, position.hub_state, intake)
         progress = _Progress(say, f"tokenising {self.source.source}")
         try:
             self._tokenise(stream, writers, progress)
@@ -149,8 +162,13 @@ class _Tokenization:
             progress.close()
         if not splits["train"].tokens:
             files = [str(path) for path in input_files(self.source)][:3] if self.source.source != "hub" else []
-            raise DataError(f"there is no text to train on in {', '.join(files) or self.source.dataset}")
-        manifest = Manifest(_content(self.source), self.inputs, self._tokenizer_record(), self.dtype, splits)
+            invalid = describe_intake(intake.skipped, intake.replaced)
+            raise DataError(
+                f"there is no text to train on in {', '.join(files) or self.source.dataset}"
+                + (f": {invalid}" if invalid else "")
+            )
+        content, tokenizer = source_content(self.source), self._tokenizer_record()
+        manifest = Manifest(content, self.inputs, tokenizer, self.dtype, splits, intake.skipped, intake.replaced)
         (self.folder / "position.json").unlink(missing_ok=True)
         manifest.write(self.folder)
         return manifest
@@ -183,6 +201,8 @@ class _Tokenization:
             "documents": stream.consumed,
             "hub_state": stream.hub_state(),
             "splits": {name: asdict(writer.split) for name, writer in writers.items()},
+            "skipped": stream.intake.skipped,
+            "replaced": stream.intake.replaced,
         }
         temporary = self.folder / "position.tmp"
         temporary.write_text(records.sealed(position), encoding="utf-8")
@@ -259,8 +279,17 @@ def inputs_hash(source: SourceConfig) -> str:
     return _digest(records)
 
 
-def _content(source: SourceConfig) -> dict:
-    return {key: value for key, value in source.model_dump().items() if key not in _NOT_CONTENT}
+def source_content(source: SourceConfig, without: Container[str] = ()) -> dict[str, Any]:
+    """The settings of a source that change its tokens; folders and streams are named by them."""
+    settings = source.model_dump(exclude=_NOT_CONTENT)
+    return {k: v for k, v in settings.items() if k not in without and (k not in _ADDED or v != _ADDED[k])}
+
+
+def describe_source(source: SourceConfig) -> str:
+    """A source in a few words."""
+    if source.source == "files":
+        return ", ".join(source.paths)
+    return source.dataset if source.source == "hub" else source.source
 
 
 def _digest(value) -> str:
@@ -269,9 +298,10 @@ def _digest(value) -> str:
 
 def _summary(manifest: Manifest) -> str:
     train, validation = manifest.splits["train"], manifest.splits["validation"]
+    invalid = describe_intake(manifest.skipped, manifest.replaced)
     return (
         f"{train.tokens:,} training tokens of {train.documents:,} documents ({train.bytes / 1e6:.1f} MB), "
-        f"{validation.tokens:,} held out"
+        f"{validation.tokens:,} held out" + (f"; {invalid}" if invalid else "")
     )
 
 

@@ -7,13 +7,16 @@ import json
 import os
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import tomli
 
+from train import records
 from train.config import Config
 from train.config_sources import to_toml
+from train.row_counts import RowRecord
 
 # What may differ when a run goes on: its length, where it stops, how it is spread, kept and watched.
 MAY_CHANGE = (
@@ -52,6 +55,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer"
         self.faults = path / "faults"
+        self.rows_file = path / "rows.json"
         self.saved_file = path / ".saved"
         self.profiles = path / "profiles"
         self._lock: IO[str] | None = None
@@ -130,6 +134,18 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, to_toml(config))
+
+    def write_rows(self, record: RowRecord) -> None:
+        """Keep which rows the steps of this run train on, for whoever looks at them before a checkpoint is there."""
+        write_atomically(self.rows_file, records.sealed(asdict(record)))
+
+    def read_rows(self) -> RowRecord | None:
+        """What `write_rows` kept; None where an earlier version made the run.
+
+        Raises:
+            RunFolderError: the record is damaged.
+        """
+        return records.read(RowRecord, self.rows_file, RunFolderError) if self.rows_file.exists() else None
 
     @property
     def has_saved(self) -> bool:

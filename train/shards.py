@@ -56,6 +56,10 @@ class Manifest:
     """kind, fingerprint, vocab_size, bos_id"""
     dtype: Literal["uint16", "uint32"]
     splits: dict[str, Split]
+    skipped: dict[str, records.Count] = field(default_factory=dict)
+    """Documents that could not be used and were left out, by reason."""
+    replaced: records.Count = 0
+    """Bytes that were not UTF-8 and became U+FFFD."""
 
     @property
     def fingerprint(self) -> str:
@@ -121,12 +125,23 @@ def verify(folder: Path, manifest: Manifest) -> None:
                 )
 
 
+def _mapped(path: Path, dtype: str, count: int) -> np.ndarray:
+    """A file's numbers, read from the disk as they are looked at.
+
+    PyTorch closes the file behind the map. numpy's maps keep each one open, and a mixture of thousands of sources would have more
+    open files than most systems allow.
+    """
+    import torch
+
+    return torch.from_file(str(path), shared=False, size=count, dtype=getattr(torch, dtype)).numpy()
+
+
 class TokenFile:
     """All tokens of a split as one sequence, read through memory maps."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str):
         files = [file for file in manifest.splits[split].files if file.tokens]
-        self._maps = [np.memmap(folder / file.name, manifest.dtype, "r") for file in files]
+        self._maps = [_mapped(folder / file.name, manifest.dtype, file.tokens) for file in files]
         self._starts = np.cumsum([0] + [len(tokens) for tokens in self._maps])
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,9 +33,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from parallel.mesh import Mesh
 from train import records
 from train.config import Config, SourceConfig
-from train.corpus import DataError, Document, documents, hub_dataset, input_files, is_held_out
-from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, DataState, HeldOut
-from train.prepare import run_tokenizer
+from train.corpus import DataError, Document, documents, hub_dataset, hub_text, input_files, is_held_out
+from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, HeldOut, Resumed
+from train.prepare import run_tokenizer, source_content
+from train.row_counts import DataState, RowCounts
+from train.text_files import Intake
 from train.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 64  # encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume
@@ -48,6 +51,10 @@ BEGINNING: State = {"place": START, "carry": [], "num_tokens": 0, "skip": 0}
 """Arguments of `_Batches._rows` for the first row."""
 
 
+def _say_skipped(counts: str) -> None:
+    print(f"streaming, so far: {counts}", file=sys.stderr, flush=True)
+
+
 class Shards:
     """The numbered shards of a source. It travels to the worker process, which thus reads the very same files.
 
@@ -59,6 +66,7 @@ class Shards:
         if source.max_documents:
             raise DataError("data.max_documents: streaming ends with training.steps; leave it out, or prepare the data")
         self.source = source
+        self.intake = Intake(source, report=_say_skipped)
         self.held_out_paths = source.validation_paths if source.source == "files" else []
         self.fraction = 0.0 if self.held_out_paths else source.validation_fraction
         self.dataset = hub_dataset(source) if source.source == "hub" else None
@@ -67,7 +75,7 @@ class Shards:
 
     def identity(self) -> list[Any]:
         """What makes it this corpus and no other; where local files lie does not matter."""
-        content = self.source.model_dump(exclude={"weight", "paths", "validation_paths"})
+        content = source_content(self.source, without={"paths", "validation_paths"})
         return [content, self.fraction, self.count, [(path.name, path.stat().st_size) for path in self.files]]
 
     def read(self, index: int, skip: int = 0) -> Iterator[Document]:
@@ -75,21 +83,17 @@ class Shards:
         if self.dataset is None:
             yield from self._local(self.files[index], skip)
             return
-        column, shard = self.source.column, self.dataset.shard(num_shards=self.count, index=index)
+        shard = self.dataset.shard(num_shards=self.count, index=index)
         for record in islice(shard, skip, None):
-            if column not in record:
-                raise DataError(f"{self.source.dataset} has no column {column!r}; it has {', '.join(record)}")
-            text = record[column] or ""
-            if not isinstance(text, str):
-                raise DataError(f"{self.source.dataset}: column {column!r} holds {type(text).__name__}, not text")
-            yield self._record(text)
+            # A document that is left out stays in the count of what was read, as an empty one.
+            yield self._record(hub_text(record, self.source, self.intake) or "")
 
     def _local(self, path: Path, skip: int) -> Iterator[Document]:
         # A text file is one document, the end of which is held out; of records, whole ones are.
         is_text = Path(path.name.removesuffix(".gz")).suffix not in (".jsonl", ".json", ".parquet")
         fraction = self.fraction if is_text else 0.0
         only = {"paths": [glob.escape(str(path))], "validation_paths": [], "validation_fraction": fraction}
-        for document in documents(self.source.model_copy(update=only), skip):
+        for document in documents(self.source.model_copy(update=only), skip, intake=self.intake):
             yield document if is_text else self._record(document.text)
 
     def _record(self, text: str) -> Document:
@@ -239,9 +243,11 @@ class StreamBatches:
     ):
         self.pin, self.step, self.waited = pin, 0, 0.0
         shards, training = Shards(config.data.all_sources[0]), config.training
-        self._global_batch = training.global_batch_size
+        # Another batch size is another stream, so all steps have taken equally many rows.
+        self.counts = RowCounts.beginning(training.global_batch_size, training.sequence_length)
         stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
         fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
+        self.fingerprint = f"stream-{fingerprint}"
         self.identity: State = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}
         batches = _Batches(config, tokenizer, shards, rank, size)
         # Spawned, since a fork would copy the locks of the process group's and CUDA's threads.
@@ -281,10 +287,6 @@ class StreamBatches:
     def state(self) -> State:
         """This rank's place after the batches that were handed out; JSON-serialisable."""
         return {**self.identity, "step": self.step, "loader": self._loader.state_dict()}
-
-    @property
-    def rows_consumed(self) -> int:
-        return self.step * self._global_batch
 
     def close(self) -> None:
         self._loader = None  # with the last reference to the loader its worker ends
@@ -340,16 +342,18 @@ class StreamedData:
             raise found
         return cls(tokenizer, found)
 
-    def open(
-        self, config: Config, rank: int, size: int, pin: bool, resumed: tuple[Path, State] | None
-    ) -> StreamBatches:
-        state = read_state(resumed[0], rank) if resumed else None
+    def open(self, config: Config, rank: int, size: int, pin: bool, resumed: Resumed | None) -> StreamBatches:
+        state = read_state(resumed.folder, rank) if resumed else None
         return StreamBatches(config, self.tokenizer, rank, size, pin, state)
 
     def state(self, batches: StreamBatches, rank: int) -> tuple[State, dict[str, bytes]]:
         # The same record as of prepared data; its fingerprint keeps it from going on with shards.
         record = DataState(
-            0, batches.identity["seed"], batches.rows_consumed, f"stream-{batches.identity['fingerprint']}"
+            0,
+            batches.identity["seed"],
+            batches.counts.rows(batches.step),
+            batches.fingerprint,
+            batches.counts.stretches,
         )
         return asdict(record), {f"stream-rank-{rank:05d}.json": records.sealed(batches.state()).encode()}
 

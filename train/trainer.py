@@ -32,7 +32,7 @@ from parallel.names import named_parameters
 from parallel.pipeline import Pipeline
 from train.checkpoint import CheckpointError, Commit, Damaged, check_model, find_checkpoint
 from train.config import Config, total_steps
-from train.data import TrainingData, validation_batches
+from train.data import Resumed, TrainingData, validation_batches
 from train.metrics import Recorder, Throughput, bits_per_byte, perplexity
 from train.model import build_model
 from train.optimizer import build_optimizer, learning_rate, materialise_state, second_stage
@@ -90,8 +90,7 @@ class Trainer:
         self.held_out, self.beat = data.held_out, beat
         self.tokenizer_fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.adapters = [spec.model_dump() for spec in config.transforms if spec.kind == "lora"]
-        self.total_steps = total_steps(config, shape)
-        self.last_step = min(self.total_steps, config.training.stop_after or self.total_steps)
+        self.set_length(trained=(0, 0))
         self.micro_batch = rows_per_micro_batch(config, resolve_degrees(config, mesh.world_size))
         self.rows_per_step = config.training.global_batch_size // mesh.data_size
         self.folder = RunFolder.of(config)
@@ -174,7 +173,7 @@ class Trainer:
                 continue
             self.step = self.checkpoints.last_saved = commit.step
             self.goes_on = path.parent == self.folder.checkpoints
-            self.open_data((path, commit.data))
+            self.open_data(Resumed(path, commit.step, commit.data))
             return path
 
     def find_commit(self) -> tuple[Path | None, Any]:
@@ -185,10 +184,16 @@ class Trainer:
         except Damaged as error:
             return path, error
 
-    def open_data(self, resumed: tuple[Path, dict[str, Any]] | None) -> None:
-        """Begin to read ahead, from the first row or from a checkpoint's folder and data state."""
+    def open_data(self, resumed: Resumed | None) -> None:
+        """Begin to read ahead, from the first row or from a checkpoint's data state; what is left of the run's length."""
         pin = self.mesh.device.type == "cuda"
         self.batches = self.data.open(self.config, self.mesh.data_rank, self.mesh.data_size, pin, resumed)
+        self.set_length(self.batches.counts.unchanged_since)
+
+    def set_length(self, trained: tuple[int, int]) -> None:
+        """Where the schedule and this run end; `trained` are steps and tokens that came before with other batches."""
+        self.total_steps = total_steps(self.config, self.shape, trained)
+        self.last_step = min(self.total_steps, self.config.training.stop_after or self.total_steps)
 
     def run(self, recorder: Recorder) -> bool:
         """Train to the last step, logging, saving and validating on the way; `resume` comes first.
@@ -383,7 +388,7 @@ class Trainer:
             "loss": loss_per_token,
             "grad_norm": norm,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "tokens": self.step * self.config.tokens_per_step,
+            "tokens": self.batches.counts.tokens(self.step),
         }
         if of_teacher:
             row["distillation_loss"] = of_teacher[0]
@@ -419,9 +424,9 @@ class Trainer:
 
     def where_the_rows_are(self) -> str:
         """How to look at the text of the current step."""
-        size = self.config.training.global_batch_size
-        rows = f"its rows are {(self.step - 1) * size:,} to {self.step * size - 1:,} of the training order"
-        return f"{rows} (newcompute rows --run {self.folder.path} --step {self.step} prints them)"
+        rows = self.batches.counts.rows_of(self.step)
+        which = f"its rows are {rows[0]:,} to {rows[-1]:,} of the training order"
+        return f"{which} (newcompute rows --run {self.folder.path} --step {self.step} prints them)"
 
     @torch.no_grad()
     def validate(self, recorder: Recorder) -> bool:

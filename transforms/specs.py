@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 WIDTH = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8}
 """Bits of each storage format."""
@@ -31,8 +31,16 @@ def name_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
 
 
+def _listed(value: object) -> object:
+    """A list of one text may be written as the text."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed)]
+
+
 class Layered(Spec):
-    modules: list[str] = []
+    modules: Texts = []
     """Layers to transform, by their Hugging Face names: globs ("*.mlp.*", "lm_head"), or "re:" and a regular expression
     for the whole name. Default: every linear layer inside the blocks, without embeddings and output head."""
 

@@ -14,7 +14,7 @@ from models.hf import shape_from_hf
 from train import records
 from train.config import SourceConfig
 from train.corpus import DataError, documents
-from train.data import first_step_of, open_data
+from train.data import Resumed, counts_after, open_data
 from train.prepare import run_tokenizer
 from train.run_folder import RunFolder
 from train.shards import MANIFEST
@@ -71,14 +71,16 @@ def test_records_of_where_a_run_stands_in_its_data(configure, tmp_path):
     config = configure(paths=[write_jsonl(tmp_path / "a.jsonl", TEXTS)])
     quietly(config)
     found, _ = open_data(config, run_tokenizer(config), 257)
+    stretch = {"step": 0, "row": 0, "tokens": 0, "rows_per_step": 8, "tokens_per_step": 128}
     state = {"epoch": 0, "seed": config.run.seed, "rows_consumed": 16, "fingerprint": found.fingerprint}
-    assert first_step_of(state, found, config) == 2
+    state["stretches"] = [stretch, stretch | {"step": 1, "row": 8, "tokens": 128}]
+    assert counts_after(Resumed(tmp_path, 2, state), found, config).rows(2) == 16
 
     @fuzz(80)
     @given(edits(state))
     def check(changed):
         try:
-            first_step_of(changed, found, config)
+            counts_after(Resumed(tmp_path, 2, changed), found, config)
         except DataError:
             return
 

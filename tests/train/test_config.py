@@ -84,6 +84,7 @@ def test_strings_that_look_like_other_types_stay_strings():
     values = {
         "run.name": "2024",
         "run.dir": "true",
+        "data.source": "hub",
         "data.dataset": "1e3",
         "data.column": "[a]",
         "data.revision": "0012",
@@ -216,7 +217,7 @@ def test_a_bad_argument_is_named():
         ("[optimizer]\nlr = nan", "optimizer.lr = nan expected a finite number"),
         ("[optimizer]\nbeta1 = 1.0", "optimizer.beta1 = 1.0 expected a value less than 1"),
         ("[data]\nvalidation_fraction = 1.5", "data.validation_fraction = 1.5 expected a value at most 1"),
-        ("[data]\npaths = 'a.txt'", 'data.paths = "a.txt" expected an array'),
+        ("[data]\nsource = 'files'\npaths = 5", "data.paths = 5 expected an array"),
         ("[data]\nsources = [5]", "data.sources.0 = 5 expected a table"),
         ("[data]\nsource = 'hubb'", "expected one of 'embedded', 'files', 'hub' or 'random'; did you mean 'hub'?"),
         ("[schedule]\nname = 'step'", "schedule.name = \"step\" expected one of 'cosine', 'linear', 'wsd' or 'two_stage'"),

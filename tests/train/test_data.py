@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.loss import IGNORE
 from train.config import Config
@@ -17,17 +21,19 @@ from train.config_sources import load_config
 from train.corpus import DataError
 from train.data import (
     CorpusRows,
-    DataState,
     HeldOut,
     Mixture,
     RandomRows,
+    Resumed,
     RowBatches,
     Rows,
-    first_step_of,
+    counts_after,
+    mixture_warnings,
     open_data,
     validation_batches,
 )
 from train.prepare import prepare, run_tokenizer
+from train.row_counts import DataState, RowCounts, Stretch
 from train.shards import Manifest, ShardFile, Split, TokenFile
 
 T = 8
@@ -124,39 +130,6 @@ def mixture(folder: Path, weights: list[float], rows: int = 40) -> tuple[Mixture
     return Mixture(sources, weights, "fingerprint"), sources
 
 
-@pytest.mark.parametrize(
-    ("weights", "quotas"),
-    [
-        ([1.0], [1024]),
-        ([3.0, 1.0], [768, 256]),
-        ([1.0, 1.0, 1.0], [342, 341, 341]),
-        ([0.7, 0.2, 0.1], [717, 205, 102]),  # 716.8, 204.8, 102.4
-        ([5.0, 2.0, 2.0, 1.0], [512, 205, 205, 102]),
-        ([1.0, 1e-9], [1023, 1]),
-        ([1e-9, 1e6, 1e-9], [1, 1022, 1]),
-    ],
-)
-def test_every_1024_rows_hold_each_sources_share(weights, quotas, tmp_path):
-    rows, _ = mixture(tmp_path, weights)
-    origins = [row(rows, i)[0] // 100_000 for i in range(2 * 1024 + 100)]
-    for start in (0, 1, 511, 1024, 1100):
-        window = Counter(origins[start : start + 1024])
-        assert sorted(window[s] for s in range(len(weights))) == sorted(quotas)
-        # The nearest whole numbers, but at least one row for every source, which others give up.
-        assert all(abs(window[s] - 1024 * weight / sum(weights)) <= 2 for s, weight in enumerate(weights))
-
-
-@pytest.mark.parametrize("weights", [[3.0, 1.0], [1.0, 1.0], [0.7, 0.2, 0.1], [5.0, 2.0, 2.0, 1.0], [1.0, 1 / 300]])
-def test_shares_are_spread_evenly(weights, tmp_path):
-    """At no row has a source given much more or less than its share of the rows so far."""
-    rows, _ = mixture(tmp_path, weights)
-    given = Counter()
-    quotas = Counter(row(rows, i)[0] // 100_000 for i in range(1024))
-    for i in range(1024):
-        given[row(rows, i)[0] // 100_000] += 1
-        assert all(abs(given[s] - (i + 1) * quotas[s] / 1024) <= 1.5 for s in quotas)
-
-
 def test_a_mixture_takes_each_sources_rows_in_their_own_order(tmp_path):
     rows, sources = mixture(tmp_path, [0.7, 0.2, 0.1])
     read = [row(rows, i) for i in range(3 * 1024)]
@@ -216,45 +189,88 @@ def test_ranks_together_read_the_global_batch_in_order(size, tmp_path):
 def test_the_state_counts_what_was_handed_out_not_what_was_read_ahead(tmp_path):
     rows, _ = mixture(tmp_path, [1.0])
     reader = RowBatches(rows, configuration(), 0, 1, first_step=3, pin=False)
-    assert reader.state() == asdict(DataState(epoch=0, seed=1, rows_consumed=24, fingerprint="fingerprint"))
+    stretches = [Stretch(0, 0, 0, 8, 8 * T)]
+    assert reader.state() == asdict(DataState(0, 1, rows_consumed=24, fingerprint="fingerprint", stretches=stretches))
     for n, _ in zip(range(1, 4), reader):
         assert reader.state()["rows_consumed"] == (3 + n) * 8
         assert reader.state()["epoch"] == ((3 + n) * 8 - 1) // 40
     reader.close()
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 2), (8, 1)])
-def test_a_resumed_reader_goes_on_where_any_other_number_of_ranks_stopped(before, after, tmp_path):
+def after(step: int, state: dict, rows: Rows, config: Config) -> RowCounts:
+    return counts_after(Resumed(Path(), step, json.loads(json.dumps(state))), rows, config)
+
+
+@pytest.mark.parametrize(("before", "later"), [(1, 1), (1, 4), (4, 2), (8, 1)])
+def test_a_resumed_reader_goes_on_where_any_other_number_of_ranks_stopped(before, later, tmp_path):
     rows, _ = mixture(tmp_path, [2.0, 1.0])
     config = configuration()
     straight = batches_of(rows, config, 0, 1, first_step=0, count=9)
     reader = RowBatches(rows, config, 0, before, first_step=0, pin=False)
     for _ in zip(range(5), reader):
-        state = json.loads(json.dumps(reader.state()))
+        state = reader.state()
     reader.close()
-    step = first_step_of(state, rows, config)
-    assert step == 5
-    resumed = [batches_of(rows, config, rank, after, step, count=4) for rank in range(after)]
+    assert after(5, state, rows, config).rows(5) == 40
+    resumed = [batches_of(rows, config, rank, later, 5, count=4) for rank in range(later)]
     for n in range(4):
         assert torch.equal(torch.cat([part[n] for part in resumed]), straight[5 + n])
 
 
-def test_a_state_goes_on_with_another_batch_size_where_a_step_begins(tmp_path):
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 12, 20])), min_size=1, max_size=6))
+def test_rows_are_read_once_in_order_whatever_batch_sizes_a_run_is_resumed_with(parts):
+    """Each part of the run is (steps, batch size); what a step is said to have had is what it was given."""
+    rows, given_rows, step, state, tokens = Failing(10**9), [], 0, None, 0
+    for steps, size in parts:
+        config = configuration("--training.global_batch_size", size)
+        counts = None if state is None else after(step, state, rows, config)
+        reader = RowBatches(rows, config, 0, 2, step, False, counts)
+        other = RowBatches(rows, config, 1, 2, step, False, counts)
+        for _, mine, theirs in zip(range(steps), reader, other):
+            given_rows.append([*mine[:, 0].tolist(), *theirs[:, 0].tolist()])
+        step, tokens = step + steps, tokens + steps * size * T
+        state = reader.state()
+        assert reader.counts.tokens(step) == tokens
+        assert [list(reader.counts.rows_of(n)) for n in range(1, step + 1)] == given_rows
+        reader.close()
+        other.close()
+    assert [row for batch in given_rows for row in batch] == list(range(state["rows_consumed"]))
+    assert len(state["stretches"]) <= len(parts)
+
+
+def test_a_state_without_a_record_of_its_steps_counts_from_there(tmp_path):
+    """As checkpoints of earlier versions are: how many rows there were is known, but not which step had which."""
     rows, _ = mixture(tmp_path, [1.0])
-    state = asdict(DataState(0, 1, 24, "fingerprint"))
-    assert first_step_of(state, rows, configuration()) == 3
-    assert first_step_of(state, rows, configuration("--training.global_batch_size", 4)) == 6
-    assert first_step_of(state, rows, configuration("--training.global_batch_size", 24)) == 1
-    with pytest.raises(DataError, match=r"consumed 24 rows.*no multiple of training\.global_batch_size 16"):
-        first_step_of(state, rows, configuration("--training.global_batch_size", 16))
+    state = {"epoch": 0, "seed": 1, "rows_consumed": 24, "fingerprint": "fingerprint"}
+    counts = after(5, state, rows, configuration("--training.global_batch_size", 16))
+    assert (counts.rows(5), counts.tokens(5)) == (24, 24 * T)
+    assert counts.rows_of(7) == range(40, 56)
+    with pytest.raises(ValueError, match="steps up to 5 trained on is not recorded"):
+        counts.rows_of(5)
+
+
+def test_a_step_taken_again_with_another_batch_replaces_its_record():
+    counts = RowCounts.beginning(8, T).resumed(10, 4, T).resumed(20, 16, T)
+    again = counts.resumed(15, 2, T)
+    assert again.stretches == [*counts.stretches[:2], Stretch(15, 100, 100 * T, 2, 2 * T)]
+    assert counts.resumed(10, 8, T).stretches == [Stretch(0, 0, 0, 8, 8 * T)]
+
+
+def test_tokens_are_counted_where_the_length_of_rows_has_changed():
+    counts = RowCounts.beginning(8, 32).resumed(3, 8, 64)
+    assert [counts.tokens(step) for step in (3, 4)] == [3 * 8 * 32, 3 * 8 * 32 + 8 * 64]
+    assert counts.rows(4) == 32
 
 
 def test_a_state_of_other_data_or_another_seed_is_refused(tmp_path):
     rows, _ = mixture(tmp_path, [1.0])
     with pytest.raises(DataError, match="trained on other data"):
-        first_step_of(asdict(DataState(0, 1, 24, "another")), rows, configuration())
+        after(3, asdict(DataState(0, 1, 24, "another")), rows, configuration())
     with pytest.raises(DataError, match=r"run\.seed 7, this run's seed is 1"):
-        first_step_of(asdict(DataState(0, 7, 24, "fingerprint")), rows, configuration())
+        after(3, asdict(DataState(0, 7, 24, "fingerprint")), rows, configuration())
+    stretches = [Stretch(0, 0, 0, 8, 64)]
+    with pytest.raises(DataError, match=r"says 25 rows in one place, and 24 until step 3"):
+        after(3, asdict(DataState(0, 1, 25, "fingerprint", stretches)), rows, configuration())
 
 
 class Failing:
@@ -378,6 +394,34 @@ def test_a_prepared_mixture_is_read_by_its_weights(prepared):
     for s, part in enumerate(validation.parts):
         assert set(row(part, 0)) <= {256, ord("ab"[s])}
         assert part.count > 50
+
+
+def test_more_sources_than_files_may_be_open(tmp_path):
+    """As the usual limit of 1,024 is for a mixture of thousands."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
+    try:
+        rows, sources = mixture(tmp_path, [1.0] * 50, rows=2)
+        assert {row(rows, i)[0] // 100_000 for i in range(50)} == set(range(50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(sources) == 50
+
+
+def test_what_a_run_leaves_out_of_a_mixture_is_said(prepared):
+    _, validation = prepared((3.0, 1e-9))
+    config = configuration(
+        "--data.sources", '[{source = "files", paths = "a.md"}, {weight = 1e-9, validation_fraction = 0}]'
+    )
+    [unread] = mixture_warnings(config, validation, 1000)
+    assert unread == "a run of 1,000 rows reads none of data.sources.1 (embedded): the weight is too small"
+    validation.parts[1].count = 0
+    _, silent = mixture_warnings(config, validation, 1000)
+    assert silent.startswith("the validation loss is without data.sources.1 (embedded)")
+    assert list(mixture_warnings(configuration(), validation, 1000)) == []
+    enough = configuration("--data.sources", '[{source = "files", paths = "a.md"}, {weight = 1.0}]')
+    validation.parts[1].count = 1
+    assert list(mixture_warnings(enough, validation, 1000)) == []
 
 
 def test_the_fingerprint_is_that_of_what_is_read(prepared):

@@ -80,8 +80,12 @@ def problems(world_size: int, **changes: object) -> list[str]:
         ),
         (6, {"parallel__tensor": 2, "parallel__shard": -1, "parallel__replicate": 2}, "4 does not divide the 6"),
         (4, {"parallel__tensor": 2, "parallel__replicate": 1}, "tensor 2 = 2 processes, but 4 are running"),
-        (2, {"parallel__tensor": 2, "parallel__async_tensor": "true", "compile__enabled": "false"}, "compiler's work"),
-        (2, {"parallel__async_tensor": "true"}, "there is no exchange to overlap"),
+        (
+            2,
+            {"parallel__tensor": 2, "parallel__async_tensor": "true", "compile__enabled": "false"},
+            "and with compile.enabled",
+        ),
+        (2, {"parallel__async_tensor": "true"}, "it acts with parallel.tensor of more than 1"),
         (
             2,
             {
@@ -102,7 +106,7 @@ def problems(world_size: int, **changes: object) -> list[str]:
         ),
         (2, {"parallel__tensor": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
         (2, {"parallel__pipeline": 2, "transforms": LORA, "model__init_from": "hf:x"}, "adapters are small"),
-        (1, {"compile__enabled": "false", "compile__cuda_graphs": "true"}, "the compiler's work: set compile.enabled"),
+        (1, {"compile__enabled": "false", "compile__cuda_graphs": "true"}, "it acts with compile.enabled = true"),
         (1, {"compile__enabled": "false", "activation_checkpointing__mode": "budget"}, "the compiler's work"),
         (1, {"training__document_mask": "true", "data__source": "random"}, "random tokens have no documents"),
         (

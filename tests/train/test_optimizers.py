@@ -473,7 +473,7 @@ def test_materialising_the_state_changes_no_weight_and_broken_moments_are_seen(n
 @pytest.mark.parametrize(
     ("flags", "key", "message"),
     [
-        (["--optimizer.momentum", "0.9"], "optimizer.momentum", 'only optimizer.name = "muon"'),
+        (["--optimizer.momentum", "0.9"], "optimizer.momentum", 'it acts with optimizer.name = "muon"'),
         (["--optimizer.nesterov", "false", "--optimizer.name", "adamw_8bit"], "optimizer.nesterov", "leave it out"),
         (["--optimizer.name", "adamw_bf16", "--optimizer.beta2", "0.999"], "optimizer.beta2", "never falls"),
         (["--optimizer.name", "sgd"], "optimizer.name", "adamw_bf16"),

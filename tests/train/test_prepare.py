@@ -181,6 +181,15 @@ def test_a_mixture_has_one_folder_per_source_whatever_its_weight(configure, tmp_
     assert quietly(mixture(3.0)) == folders
 
 
+def test_a_source_of_which_nothing_is_held_out_is_named(configure, tmp_path):
+    a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "b.jsonl", TEXTS[:50])
+    tables = f'[{{paths = "{a}"}}, {{paths = "{b}", validation_fraction = 0.0}}]'
+    flags = ["--data.source", "files", "--data.validation_fraction", 0.2, "--data.sources", tables]
+    said: list[str] = []
+    prepare(configure(*flags), said.append)
+    assert said[-1] == f"warning: the validation loss will be without {b}, of which nothing is held out"
+
+
 # What is held out
 
 
@@ -205,7 +214,7 @@ def test_held_out_documents_do_not_change_when_text_is_added(tmp_path):
 def test_named_validation_files_are_all_of_the_held_out_text(configure, tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "b.txt"
     b.write_text("held out\n" * 100)
-    config = configure("--data.validation_paths", json.dumps([str(b)]), "--data.validation_fraction", 0.5, paths=[a])
+    config = configure("--data.validation_paths", json.dumps([str(b)]), paths=[a])
     [folder] = quietly(config)
     assert texts_of(read_split(folder, "train")) == TEXTS
     assert texts_of(read_split(folder, "validation")) == ["held out\n" * 100]

@@ -52,9 +52,9 @@ def test_an_empty_text_file_is_refused(text, kind, configure, tmp_path):
         ('{"text": "cut', "expected a JSON object with a field 'text'"),
         ('["text"]', "expected a JSON object with a field 'text'"),
         ('"text"', "expected a JSON object with a field 'text'"),
-        ('{"txet": "typo"}', "expected a JSON object with a field 'text'"),
-        ('{"text": 5}', "field 'text' is not a string"),
-        ('{"text": null}', "field 'text' is not a string"),
+        ('{"txet": "typo"}', "there is no field 'text'; it has txet: name the one with the text in data.column"),
+        ('{"text": 5}', "field 'text' holds int, not text"),
+        ('{"text": null}', "field 'text' holds NoneType, not text"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(line, reason, configure, tmp_path):
@@ -66,7 +66,7 @@ def test_a_bad_line_is_named_by_its_number(line, reason, configure, tmp_path):
 def test_a_missing_column_is_named_beside_those_that_are_there(configure, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
     message = refusal(configure(paths=[tmp_path / "a.parquet"]))
-    assert f"{tmp_path / 'a.parquet'} has no column 'text'; it has body, id" in message
+    assert f"{tmp_path / 'a.parquet'}: there is no field 'text'; it has body, id: name the one" in message
 
 
 def test_a_column_that_is_no_text_is_refused(configure, tmp_path):

@@ -79,7 +79,6 @@ REFUSED = {
     "model.size": "60M",
     "model.shape.dim": "256",
     "tokenizer.kind": "bytes",
-    "data.validation_fraction": "0.1",
     "data.sources": '[{source = "files", paths = ["a.txt"]}]',
     "training.global_batch_size": "16",
     "training.sequence_length": "128",

@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from train import records, streaming
-from train.config import Config, DataConfig, RunConfig, TokenizerConfig, TrainingConfig, ValidationConfig
+from train.config import Config, DataConfig, RunConfig, SourceConfig, TokenizerConfig, TrainingConfig, ValidationConfig
 from train.corpus import DataError
-from train.streaming import StreamBatches, read_state, stream_held_out
+from train.streaming import Shards, StreamBatches, read_state, stream_held_out
 from train.tokenizer import BOS, ByteTokenizer, HFTokenizer, train_bpe
 
 LENGTH, WINDOW, NUM_DOCUMENTS = 32, 8, 60
@@ -328,5 +328,23 @@ def test_the_worker_hands_over_errors_as_they_are(corpus, quick_workers):
     with pytest.raises(DataError) as error:
         next(iter(batches))
     batches.close()
-    assert str(error.value).endswith("has no column 'body'; it has text, other")
+    assert "there is no field 'body'; it has text, other: name the one" in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["hub", "jsonl"])
+def test_documents_that_cannot_be_used_are_left_out_and_said(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": text_of(i)}) for i in range(6)]
+    lines.insert(2, json.dumps({"text": None, "other": 1}) if kind == "hub" else "not JSON")
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join(lines))
+    where = {"source": "hub", "dataset": str(tmp_path / "data"), "subset": ""}
+    if kind == "jsonl":
+        where = {"source": "files", "paths": [str(tmp_path / "data" / "a.jsonl")]}
+        with pytest.raises(DataError, match=r"a\.jsonl:3: expected a JSON object"):
+            list(Shards(SourceConfig(**where, validation_fraction=0.0)).read(0))
+    source = SourceConfig(**where, validation_fraction=0.0, skip_invalid=True)
+    assert [document.text for document in Shards(source).read(0) if document.text] == [text_of(i) for i in range(6)]
+    said = capsys.readouterr().err
+    assert ("streaming, so far: 1 invalid document left out (1 no JSON)" in said) == (kind == "jsonl")

@@ -215,7 +215,7 @@ def figures(rows: list[dict]) -> list[tuple]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--robust.clip_per", "tensor"], "nothing is clipped: give robust.clip_weights"),
+        (["--robust.clip_per", "tensor"], "it acts where robust.clip_weights is given"),
         (["--robust.clip_weights", "-1"], "robust.clip_weights"),
         (["--robust.clip_weights", "inf"], "robust.clip_weights"),
         (["--robust.clip_weights", "3", "--robust.clip_per", "column"], "robust.clip_per"),

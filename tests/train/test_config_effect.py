@@ -1,0 +1,264 @@
+"""Settings without effect are refused, and every key says when it acts."""
+
+from __future__ import annotations
+
+import pytest
+import tomli
+
+from train.config import Config, SourceConfig
+from train.config_effect import ACTS, ALWAYS, CHECKED_APART, SOURCE_ACTS, TRANSFORM_ACTS, TRANSFORM_ALWAYS
+from train.config_sources import ConfigError, load_config, read_sources, schema_keys, to_toml
+from transforms.specs import BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
+
+PIPELINE = ["--parallel.pipeline", "2", "--model.shape.num_layers", "8"]
+FILES = ["--data.source", "files", "--data.paths", "a.txt"]
+HUB = ["--data.source", "hub"]
+EFFECTS = ["--transforms", '[{kind = "bitflip", weight = {mantissa = 0.1}}]']
+WSD, TWO_STAGE = ["--schedule.name", "wsd"], ["--schedule.name", "two_stage"]
+FLOAT8 = ["--float8.recipe", "rowwise"]
+TEACHER = ["--distillation.teacher", "outputs/teacher"]
+MIXTURE = ["--data.sources", '[{source = "embedded"}, {source = "files", paths = "a.txt"}]']
+CONDITIONAL = {
+    "tokenizer.path": ("folder", ["--tokenizer.kind", "hf"]),
+    "tokenizer.vocab_size": (4096, []),
+    "data.paths": ("a.txt", ["--data.source", "files"]),
+    "data.validation_paths": ("b.txt", FILES),
+    "data.column": ("body", FILES),
+    "data.errors": ("replace", FILES),
+    "data.skip_invalid": ("true", HUB),
+    "data.dataset": ("other/one", HUB),
+    "data.subset": ("other", HUB),
+    "data.split": ("test", HUB),
+    "data.revision": ("abc", HUB),
+    "data.max_documents": (5, []),
+    "data.validation_fraction": (0.1, []),
+    "data.weight": (2.0, MIXTURE),
+    "data.shuffle_window": (7, ["--data.streaming", "true", "--tokenizer.kind", "bytes", *HUB]),
+    "optimizer.momentum": (0.9, ["--optimizer.name", "muon"]),
+    "optimizer.nesterov": ("false", ["--optimizer.name", "muon"]),
+    "schedule.decay_fraction": (0.3, WSD),
+    "schedule.stage_fraction": (0.3, TWO_STAGE),
+    "schedule.first_stage_end": (0.3, TWO_STAGE),
+    "schedule.second_stage_start": (0.3, TWO_STAGE),
+    "parallel.async_tensor": ("true", ["--parallel.tensor", "2"]),
+    "parallel.pipeline_schedule": ("gpipe", PIPELINE),
+    "parallel.pipeline_stages": (4, [*PIPELINE, "--parallel.pipeline_schedule", "interleaved_1f1b"]),
+    "float8.min_size": (64, FLOAT8),
+    "float8.skip": ("*.k_proj", FLOAT8),
+    "compile.cuda_graphs": ("true", []),
+    "compile.backend": ("aot_eager", []),
+    "activation_checkpointing.budget": (0.1, ["--activation_checkpointing.mode", "budget"]),
+    "checkpoint.mode": ("sync", []),
+    "checkpoint.keep": (7, []),
+    "checkpoint.permanent_interval": (7, []),
+    "checkpoint.max_unsaved_steps": (700, []),
+    "faults.max_skipped": (3, ["--faults.non_finite", "skip"]),
+    "validation.interval": (7, []),
+    "validation.steps": (7, []),
+    "validation.transforms": ("both", EFFECTS),
+    "robust.clip_per": ("tensor", ["--robust.clip_weights", "3"]),
+    "distillation.weight": (0.7, TEACHER),
+    "distillation.temperature": (3.0, TEACHER),
+    "metrics.wandb_project": ("mine", ["--metrics.wandb", "true"]),
+    "profiling.trace_steps": (2, ["--profiling.trace_step", "5"]),
+    "profiling.ranks": ("all", ["--profiling.memory_step", "5"]),
+    "noise.seed": (7, EFFECTS),
+    "noise.group_size": (8, EFFECTS),
+    "noise.warmup_steps": (7, EFFECTS),
+}
+"""A value that is not the default, and flags with which it acts."""
+AGAINST = {
+    "tokenizer.vocab_size": ["--tokenizer.kind", "bytes"],
+    "data.max_documents": ["--data.source", "random"],
+    "data.validation_fraction": [*FILES, "--data.validation_paths", "b.txt"],
+    "compile.cuda_graphs": ["--compile.enabled", "false"],
+    "compile.backend": ["--compile.enabled", "false"],
+    "checkpoint.mode": ["--checkpoint.interval", "0"],
+    "checkpoint.keep": ["--checkpoint.interval", "0"],
+    "checkpoint.permanent_interval": ["--checkpoint.interval", "0"],
+    "checkpoint.max_unsaved_steps": ["--checkpoint.interval", "0"],
+    "validation.interval": ["--data.source", "random"],
+    "validation.steps": ["--validation.interval", "0"],
+}
+"""Flags with which it does not act; elsewhere the defaults are enough."""
+
+
+def problems(flags: list[str], files: list[str] | None = None) -> dict[str, str]:
+    """Refused keys with their messages."""
+    try:
+        load_config(files or [], flags)
+    except ConfigError as error:
+        return {problem.key: str(problem) for problem in error.problems}
+    return {}
+
+
+def test_every_key_says_when_it_acts():
+    """Who adds a key has to say it in train/config_effect.py."""
+    of_sources = {f"data.{key}" for key in SourceConfig.model_fields}
+    assert {key for key, _ in schema_keys()} == set(ACTS) | of_sources
+    assert set(SOURCE_ACTS) == set(SourceConfig.model_fields)
+    for spec in (BitflipSpec, QuantiseSpec, OpticalSpec, LoraSpec):
+        kind = spec.model_fields["kind"].annotation.__args__[0]
+        said = [*TRANSFORM_ALWAYS[kind], *TRANSFORM_ACTS.get(kind, {}), "kind", "modules"]
+        assert sorted(said) == sorted(spec.model_fields), kind
+    assert set(TRANSFORM_ALWAYS["faults of an operand"]) == set(CellFaults.model_fields)
+    assert set(TRANSFORM_ALWAYS["format of an operand"]) == set(Quantised.model_fields)
+
+
+def test_every_condition_is_tried_below():
+    conditional = {key for key, when in ACTS.items() if when not in (ALWAYS, CHECKED_APART)}
+    assert set(CONDITIONAL) == conditional | {f"data.{key}" for key in SOURCE_ACTS} - {"data.source"}
+
+
+@pytest.mark.parametrize("key", CONDITIONAL)
+def test_a_setting_acts_or_is_refused(key):
+    value, with_it = CONDITIONAL[key]
+    flag = [f"--{key}", str(value)]
+    assert key not in problems([*flag, *with_it])
+    refused = problems([*flag, *AGAINST.get(key, [])])
+    assert f"flag --{key}: {key} = " in refused[key]
+    assert "has no effect" in refused[key]
+
+
+def test_all_of_them_come_at_once_and_with_other_problems():
+    found = problems(["--noise.seed", "3", "--schedule.decay_fraction", "0.3", "--training.steps", "0"])
+    assert set(found) == {"noise.seed", "schedule.decay_fraction", "training.steps"}
+
+
+def test_a_wrong_choice_is_one_problem(tmp_path):
+    assert set(problems(["--schedule.name", "wds", "--schedule.decay_fraction", "0.3"])) == {"schedule.name"}
+
+
+def test_a_value_that_is_the_default_or_asks_for_nothing_is_no_problem():
+    load_config([], ["--parallel.pipeline_stages", "2", "--data.source", "random", "--validation.interval", "0"])
+
+
+@pytest.mark.parametrize("key", CONDITIONAL)
+def test_a_complete_configuration_loads_as_it_is(key, tmp_path):
+    """A run folder keeps every key, whether it acts or not."""
+    value, with_it = CONDITIONAL[key]
+    if problems([f"--{key}", str(value), *with_it]):
+        pytest.skip("has other problems")
+    config = load_config([], [f"--{key}", str(value), *with_it])
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_config([str(tmp_path / "config.toml")]) == config
+    assert Config.model_validate(tomli.loads(to_toml(config))) == config
+
+
+def test_a_later_source_that_chooses_otherwise_takes_back_what_was_set_for_the_choice(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[schedule]\nname = "wsd"\ndecay_fraction = 0.4\n[validation]\nsteps = 5\n[data]\nsource = "hub"\n')
+    config = load_config([str(file)], ["--schedule.name", "cosine", "--validation.interval", "0", *FILES])
+    assert config == load_config([], ["--schedule.name", "cosine", "--validation.interval", "0", *FILES])
+    again = ["--schedule.name", "cosine", "--schedule.decay_fraction", "0.4"]
+    assert set(problems(again, [str(file)])) == {"schedule.decay_fraction"}
+    both = tmp_path / "b.toml"
+    both.write_text('[schedule]\nname = "cosine"\ndecay_fraction = 0.4\n')
+    assert str(both) in problems([], [str(both)])["schedule.decay_fraction"]
+
+
+# Sources
+
+
+def sources(toml: str, tmp_path) -> list[SourceConfig]:
+    file = tmp_path / "a.toml"
+    file.write_text(toml)
+    return load_config([str(file)]).data.all_sources
+
+
+def test_a_source_takes_from_data_what_it_does_not_say(tmp_path):
+    text = """
+        [data]
+        source = "files"
+        column = "body"
+        validation_fraction = 0.25
+        [[data.sources]]
+        paths = "a.jsonl"
+        [[data.sources]]
+        paths = ["b.jsonl"]
+        column = "content"
+        validation_fraction = 0.0
+        weight = 3.0
+        [[data.sources]]
+        source = "embedded"
+    """
+    first, second, third = sources(text, tmp_path)
+    assert (first.source, first.paths, first.column, first.validation_fraction) == ("files", ["a.jsonl"], "body", 0.25)
+    assert (second.column, second.validation_fraction, second.weight) == ("content", 0.0, 3.0)
+    assert (third.source, third.validation_fraction) == ("embedded", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[data]\ncolumn = "body"\n[[data.sources]]\n[[data.sources]]\n', "data.column"),
+        ('[data]\ncolumn = "b"\n[[data.sources]]\nsource = "hub"\ncolumn = "c"\n', "data.column"),
+        ('[[data.sources]]\n[[data.sources]]\nsource = "hub"\npaths = ["a"]\n', "data.sources.1.paths"),
+        ('[[data.sources]]\nweight = 2.0\n', "data.sources.0.weight"),
+        ('[data]\nsource = "hub"\n[[data.sources]]\nsource = "embedded"\n', "data.source"),
+    ],
+)  # fmt: skip
+def test_what_no_source_can_use_is_refused(text, key, tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text(text)
+    assert set(problems([], [str(file)])) == {key}
+
+
+# Transforms
+
+
+def test_one_table_may_stand_alone_and_flags_reach_into_it(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[transforms]\nkind = "optical"\nphotons = 5.0\n[data.sources]\nsource = "embedded"\n')
+    flags = [
+        "--transforms.0.photons",
+        "10",
+        "--transforms.0.modules",
+        "*.q_proj",
+        "--data.sources.0.max_documents",
+        "3",
+    ]
+    config = load_config([str(file)], flags)
+    [spec], [source] = config.transforms, config.data.all_sources
+    assert (spec.photons, spec.modules, source.max_documents) == (10, ["*.q_proj"], 3)
+    twice = read_sources([str(file), str(file)], [])
+    assert [one["kind"] for one in twice.values["transforms"]] == ["optical", "optical"]
+    made = ["--transforms.0.kind", "bitflip", "--transforms.0.weight.mantissa", "1e-3"]
+    assert load_config([], made).transforms[0].weight.mantissa == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--transforms.photons", "transforms is an array of tables: name one by its number, transforms.0.photons"),
+        ("--transforms.2.photons", "transforms has one table, number 0: expected a number there"),
+        ("--transforms.0.photns", "unknown key; did you mean photons?"),
+    ],
+)
+def test_a_flag_that_reaches_into_nothing_says_how(flag, message, tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[transforms]\nkind = "optical"\n')
+    [found] = problems([flag, "10"], [str(file)]).values()
+    assert message in found
+    assert f"flag {flag}" in found
+
+
+@pytest.mark.parametrize("flag", ["notes.md", '["notes.md"]', "2024.md"])
+def test_one_path_needs_no_array(flag):
+    assert load_config([], ["--data.source", "files", "--data.paths", flag]).data.paths == [flag.strip('[]"')]
+
+
+def test_several_values_without_an_array_say_how():
+    flags = ["--data.source", "files", "--data.paths", "a.md", "b.md"]
+    assert "several values are one array" in "".join(problems(flags).values())
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ('{kind = "quantise", weight = {format = "int4"}, range_decay = 0.5}', "transforms.0.range_decay"),
+        ('{kind = "optical", input_levels = 8, weight_levels = 8, output_levels = 8, levels = 9}', "transforms.0.levels"),
+    ],
+)  # fmt: skip
+def test_what_a_transform_would_ignore_is_refused(table, key):
+    assert set(problems(["--transforms", f"[{table}]"])) == {key}
