@@ -100,7 +100,7 @@ def test_metrics_of_tasks_over_chips_leave_out_those_that_are_not_finite(monkeyp
         non_finite=torch.zeros((), dtype=torch.bool),
         clean=contextlib.nullcontext,
         chip=lambda number: None,
-        noise=types.SimpleNamespace(random=True),
+        noise=types.SimpleNamespace(random=True, take_non_finite=lambda: 0),
     )
     answers = iter([0.5, 0.1, 0.3, 0.25])
 
