@@ -77,7 +77,7 @@ def measure(
         row = text_over_chips(model, noisy, trials, [text], protocol, 1 if p > 1e-3 else 8, clean)[str(text)]
     finally:
         noisy.detach()
-    return {"p": p, **{name: row[name] for name in FIGURES}}
+    return {"value": p, **{name: row[name] for name in FIGURES}}
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
             points = []
             for p in PROBABILITIES:
                 points.append(measure(model, spec, p, Trials("chip", options.chips), text, protocol, clean))
-                print(f"  {describe(points[-1])}", flush=True)
+                print(f"  {describe('p', points[-1])}", flush=True)
             case = {"transforms": spec.model_dump(exclude_none=True), "storage_and_threshold_alone": alone}
             result["cases"][name] = case | {"points": points}
             result["seconds"] = round(time.monotonic() - began)

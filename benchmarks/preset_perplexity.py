@@ -35,8 +35,8 @@ HEAD = """# Trained models on each kind of hardware
 
 `python benchmarks/preset_perplexity.py`, result `{file}`: the pretrained {model} (clean perplexity {clean:.2f}, {tokens:,}
 scored tokens) under every preset of `configs/transforms/`, without any training on it. Text: {text}, in windows
-of {context} tokens. Mean ± sample standard deviation over {chips} simulated chips where the effect draws random numbers; the
-others are the same on every chip. Ranges of converters are calibrated on the text that follows. {compute}, torch
+of {context} tokens, without BOS. Mean ± sample standard deviation over {chips} simulated chips where the effect draws random
+numbers; the others are the same on every chip. Ranges of converters are calibrated on the text that follows. {compute}, torch
 {torch}, {device}, {date}, commit {commit}.
 
 | preset | perplexity | against clean | chips |

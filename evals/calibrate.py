@@ -16,11 +16,34 @@ from evals.masked import MaskedProtocol, pseudo_log_likelihood, surroundings
 from evals.models import EvalModel
 from evals.noise import NoisyModel
 from evals.text import Protocol, encode, windows
+from transforms.specs import Hardware, OpticalSpec
 
 DEFAULT_TOKENS = 16_384
+NOTHING_TO_CALIBRATE = "these transforms have no ranges to calibrate: no scale is tracked or learned"
 
 
-@torch.no_grad()
+def needs_ranges(specs: Sequence[Hardware]) -> bool:
+    """Whether some converters of these transforms have tracked or learned ranges: told without a model."""
+    operands = [getattr(spec, name, None) for spec in specs for name in ("weight", "input", "attention")]
+    kept = any(getattr(operand, "scale", None) in ("tracked", "learned") for operand in operands)
+    return kept or any(isinstance(spec, OpticalSpec) for spec in specs)
+
+
+def calibrate_where_unknown(
+    model: EvalModel, noisy: NoisyModel, files: Sequence[Path], protocol: Protocol | MaskedProtocol
+) -> dict[str, int] | None:
+    """Fit ranges on the beginnings of the texts to evaluate, if the converters have some that nobody gave.
+
+    Returns:
+        {file: tokens read of it}; None where ranges are known or there is no text.
+    """
+    if noisy.known or not files:
+        return None
+    texts = beginnings(model, files, DEFAULT_TOKENS)
+    fit(model, noisy, list(texts.values()), protocol)
+    return {file: len(ids) for file, ids in texts.items()}
+
+
 def calibrate(
     model: EvalModel,
     noisy: NoisyModel,
@@ -36,17 +59,34 @@ def calibrate(
     Raises:
         ValueError: the transforms have no ranges, or a file cannot be read.
     """
+    return fit(model, noisy, list(beginnings(model, files, tokens).values()), protocol)
+
+
+def beginnings(model: EvalModel, files: Sequence[Path], tokens: int) -> dict[str, Tensor]:
+    """The first tokens of each text, by its file name: (at most `tokens`,) int64."""
+    return {str(file): encode(model, file)[0][:tokens] for file in files}
+
+
+@torch.no_grad()
+def fit(
+    model: EvalModel, noisy: NoisyModel, texts: Sequence[Tensor], protocol: Protocol | MaskedProtocol
+) -> dict[str, Tensor]:
+    """The ranges by name, after reading texts as tokens; they are also put in place.
+
+    Raises:
+        ValueError: the transforms have no ranges, or nothing finite came by.
+    """
     if not noisy.noise.ranges:
-        raise ValueError("these transforms have no ranges to calibrate: no scale is tracked or learned")
+        raise ValueError(NOTHING_TO_CALIBRATE)
     noisy.calibrating()
-    for file in files:
-        ids = encode(model, file)[0][:tokens]
+    for ids in texts:
         if isinstance(protocol, MaskedProtocol):
             around = surroundings(model.tokenizer, ids.device)
             pseudo_log_likelihood(lambda rows: model.model(rows).logits, ids, protocol, around)
             continue
+        bos = torch.tensor(protocol.bos, dtype=torch.int64, device=ids.device)
         for begin, end, _ in windows(len(ids), protocol):
-            model.model(ids[None, begin:end])
+            model.model(torch.cat([bos, ids[begin:end]])[None])
     noisy.noise.end_step()
     unseen = [name for name, range_ in noisy.noise.ranges.items() if not range_.used.isfinite() or range_.used <= 0]
     if unseen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,6 +104,17 @@ def read_transforms(names: Sequence[str], model: str, ranges: str | None = None)
     if not found.specs:
         raise ConfigError([Problem("there is no [[transforms]] table here", origin=", ".join(names))])
     return found
+
+
+def with_tables(transforms: TransformList, tables: Sequence[Mapping[str, Any]], origin: str) -> TransformList:
+    """The same transforms with other values, as the tables that a file would hold.
+
+    Raises:
+        ConfigError: a value that its transform does not allow; `origin` is said to have set it.
+    """
+    sources = Sources()
+    sources.set("transforms", list(tables), origin)
+    return replace(transforms, specs=_validated(sources).specs)
 
 
 def _validated(sources: Sources) -> TransformList:
@@ -233,11 +244,19 @@ def text_over_chips(
 
 
 def tasks_over_chips(
-    model: EvalModel, noisy: NoisyModel, trials: Trials, tasks: Sequence[str], **options: Any
+    model: EvalModel,
+    noisy: NoisyModel,
+    trials: Trials,
+    tasks: Sequence[str],
+    known: Mapping[str, dict[str, Any]] | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """`evaluate_tasks` with each metric's mean, standard deviation and list over chips, and its clean value.
 
     A chip is left out of a task's figures where one of its logits was not finite: an accuracy would hide that.
+
+    Args:
+        known: what `evaluate_tasks` found for each of the tasks without hardware effects, where that is known.
     """
 
     def measure(task: str) -> tuple[dict[str, dict[str, Any]], bool, int]:
@@ -248,8 +267,11 @@ def tasks_over_chips(
 
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:  # one by one, so that each has its own count of chips that are not finite
-        with noisy.clean():
-            clean, *_ = measure(task)
+        if known is None:
+            with noisy.clean():
+                clean, *_ = measure(task)
+        else:
+            clean = known[task]
         trial = trials.run(noisy, lambda task=task: measure(task))  # type: ignore[misc]
         for name, metrics in clean.items():  # a group of tasks has several names
             figures: dict[str, Any] = {}

@@ -49,11 +49,25 @@ class Surroundings:
     """The mask token."""
 
 
-def surroundings(tokenizer: Any, device: torch.device | str = "cpu") -> Surroundings:
-    """What a tokenizer puts around any text, seen on a short one."""
+def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """The tokens that a tokenizer puts before and after a text by itself, seen on a short one; None if it does not show."""
     text, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    begin = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
-    before, after = whole[:begin], whole[begin + len(text) :]
+    begin = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
+    return None if begin is None else (whole[:begin], whole[begin + len(text) :])
+
+
+def surroundings(tokenizer: Any, device: torch.device | str = "cpu") -> Surroundings:
+    """What a tokenizer puts around any text.
+
+    Raises:
+        ValueError: it does not show that.
+    """
+    around = tokens_around(tokenizer)
+    if around is None:
+        raise ValueError(
+            "the tokenizer changes the text itself where it adds special tokens, so windows cannot have them"
+        )
+    before, after = around
     return Surroundings(
         torch.tensor(before, dtype=torch.int64, device=device),
         torch.tensor(after, dtype=torch.int64, device=device),

@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 
+from evals.references import check_reference, check_tokenizer_files, is_local  # noqa: E402
 from models.hf import no_safetensors  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
@@ -66,6 +67,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         ValueError: the reference is none of these; RunFolderError, CheckpointError: the run cannot be read.
     """
     place = choose_device(device)
+    check_reference(reference)
     path = Path(reference)
     masked = False
     if is_run_or_checkpoint(path):
@@ -78,15 +80,16 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
     else:
         if path.is_dir():
             _check_folder(path)
+            check_tokenizer_files(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
         # Packed layers compute in the type that they are loaded in, and some cannot change it later.
         wanted = "auto" if dtype == "auto" and place.type == "cuda" else _named(dtype, torch.float32)
         try:
             masked = is_masked(AutoConfig.from_pretrained(reference, **trust))
+            tokenizer = _tokenizer(reference, trust)  # before the weights, which take long
             kind_of_model = AutoModelForMaskedLM if masked else AutoModelForCausalLM
             options = {"use_safetensors": True, "output_loading_info": True, **_placement(path, place), **trust}
             model, loaded = kind_of_model.from_pretrained(reference, dtype=wanted, **options)
-            tokenizer = AutoTokenizer.from_pretrained(reference, **trust)
         except (OSError, ValueError, SafetensorError) as error:
             if "trust_remote_code" in str(error):
                 raise ValueError(
@@ -97,6 +100,8 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
                 raise ValueError(
                     f"{reference!r} is neither a causal nor a masked language model, and only these can be evaluated"
                 ) from error
+            if not is_local(reference):
+                raise ValueError(_not_from_the_hub(reference, error)) from error
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
         _check_complete(model, loaded["missing_keys"], reference)
         if masked and tokenizer.mask_token_id is None:
@@ -105,6 +110,25 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         context, name = _context(model), reference
     kind = _named(dtype, kind)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name, masked)
+
+
+def _tokenizer(reference: str, trust: dict[str, bool]) -> Any:
+    """
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(reference, **trust)
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise
+        raise ValueError(f"its tokenizer cannot be loaded, are all of its files there? {error}") from error
+
+
+def _not_from_the_hub(reference: str, error: Exception) -> str:
+    """Why a Hub id cannot be loaded, in a line: there may just be a folder's name misspelt."""
+    said = " ".join(str(error).split())
+    return f"{reference!r} is no folder here, and cannot be loaded from the Hugging Face Hub: {said}"
 
 
 def is_masked(config: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.models import EvalModel
+from evals.progress import library_bars
 
 
 def evaluate_tasks(
@@ -33,12 +34,35 @@ def evaluate_tasks(
     if model.masked:
         raise ValueError(f"--tasks: {model.name} is a masked encoder, and lm-eval's tasks continue a text")
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.api import task as task_module
+    from lm_eval.models import huggingface
 
+    names, manager = find_tasks(tasks, include_path)
+    wrapped = huggingface.HFLM(
+        pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context
+    )
+    with _metrics_from_the_hub(trust_remote_code), library_bars(", ".join(names), huggingface, task_module):
+        results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    return {
+        task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in results["results"].items()
+    }
+
+
+def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> tuple[list[str], Any]:
+    """The names of tasks that are given by name or file, and lm-eval's index of them; no model is needed for that.
+
+    Raises:
+        ValueError: a task is not known, or a file is not there or no task.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"--include-path {include_path}: no such folder")
     folders = [include_path] if include_path else []
     names = []
     for task in tasks:
-        if task.endswith((".yaml", ".yml")) and Path(task).is_file():
+        if task.endswith((".yaml", ".yml")):
+            if not Path(task).is_file():
+                raise ValueError(f"--tasks {task}: no such file")
             folders.append(str(Path(task).resolve().parent))
             names.append(_task_name(Path(task)))
         else:
@@ -50,13 +74,7 @@ def evaluate_tasks(
         raise ValueError(
             f"--tasks: lm-eval knows no {', '.join(unknown)}; --include-path names a folder of your own tasks"
         )
-    wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context)
-    with _metrics_from_the_hub(trust_remote_code):
-        results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
-    return {
-        task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in results["results"].items()
-    }
+    return names, manager
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_commands(presets, real_inputs, tmp_path):
     whole = (real_inputs / "text" / "wikitext-2-valid.txt").read_text(encoding="utf-8")
     for name, text in (("evaluated", whole[:CHARACTERS]), ("calibrated", whole[CHARACTERS : 2 * CHARACTERS])):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    model = ["--model", str(real_inputs / "stories260K"), "--device", "cpu"]
+    model = ["--model", str(real_inputs / "stories260K"), "--device", "cpu", "--add-bos", "no"]
     with_effect = [*model, "--transforms", str(presets / "optical_8bit.toml")]
     text, ranges, found = tmp_path / "evaluated.txt", tmp_path / "ranges.safetensors", tmp_path / "eval.json"
     main(["calibrate", *with_effect, "--text", str(tmp_path / "calibrated.txt"), "--out", str(ranges)])

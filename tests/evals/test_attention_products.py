@@ -151,7 +151,7 @@ def test_calibrate_and_evaluate_by_command(tmp_path, capsys):
     ranges, out = tmp_path / "ranges.safetensors", tmp_path / "out.json"
     common = ["--model", str(model), "--transforms", str(preset), "--text", str(text)]
     with pytest.raises(SystemExit) as error:
-        main(["eval", *common, "--chips", "2"])
+        main(["eval", *common[:4], "--tasks", "arc_easy"])
     assert error.value.code == 2
     assert "fit them with newcompute calibrate" in capsys.readouterr().err
     main(["calibrate", *common, "--out", str(ranges)])
@@ -235,7 +235,9 @@ def test_a_sweep_keeps_the_ranges_of_other_transforms(tmp_path, text):
             *common,
             "--ranges",
             str(ranges),
-            "--probabilities",
+            "--key",
+            "probability",
+            "--values",
             "1e-3,1e-1",
             "--chips",
             "2",

@@ -100,7 +100,7 @@ def test_metrics_of_tasks_over_chips_leave_out_those_that_are_not_finite(monkeyp
         non_finite=torch.zeros((), dtype=torch.bool),
         clean=contextlib.nullcontext,
         chip=lambda number: None,
-        noise=types.SimpleNamespace(random=True),
+        noise=types.SimpleNamespace(random=True, take_non_finite=lambda: 0),
     )
     answers = iter([0.5, 0.1, 0.3, 0.25])
 
@@ -146,14 +146,23 @@ def test_ranges_are_calibrated_and_named_in_the_result(real_inputs, tmp_path, ca
         "--device",
         "cpu",
     ]
-    assert "--transforms run" in refused(capsys, "eval", *of), "ranges are not known yet"
+    tasks = [part for part in of if part not in ("--text", str(text))]
+    error = refused(capsys, "eval", *tasks, "--tasks", "arc_easy")
+    assert "tasks are no text to fit them on" in error
+    assert "--transforms run" in error
+    capsys.readouterr()
+    unknown = evaluate(tmp_path, *of)
+    assert "ranges of converters calibrated on the first 261 tokens of" in capsys.readouterr().out
     main(["calibrate", *of, "--out", ranges])
     with safe_open(ranges, "pt") as file:
         noted = {name: json.loads(value) for name, value in file.metadata().items()}
     assert noted["text"] == [str(text)]
+    assert noted["protocol"]["bos_added"]
     assert noted["transforms"][0]["kind"] == "optical"
     result = evaluate(tmp_path, *of, "--ranges", ranges)
     assert result["ranges"] == ranges
+    assert unknown["calibration"] == {str(text): 261}
+    assert unknown["text"] == result["text"], "without --ranges, the same ranges are fitted on the text itself"
     assert result["text"][str(text)]["perplexity"] == pytest.approx(
         result["text"][str(text)]["perplexity_clean"], rel=0.2
     )

@@ -1,0 +1,83 @@
+"""Bars on a terminal only, gone when they are done, and libraries that keep quiet under a command."""
+
+from __future__ import annotations
+
+import io
+import logging
+import types
+
+import pytest
+import torch
+from rich.console import Console
+from support import run_python
+
+from evals import progress
+from evals.progress import bar, forwards, library_bars
+from evals.quiet import OneLineOfRetries
+
+
+@pytest.fixture
+def screen(monkeypatch) -> io.StringIO:
+    """What a terminal would be sent."""
+    sent = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=sent, force_terminal=True, width=80))
+    return sent
+
+
+class Model(torch.nn.Module):
+    def forward(self, input_ids):
+        return input_ids
+
+
+def test_tokens_that_a_model_reads_are_counted(screen, capsys):
+    model = Model()
+    with forwards(model, "clean", lambda: 48):
+        model(torch.zeros(2, 12))
+        model(input_ids=torch.zeros(2, 12))
+    assert "100%" in screen.getvalue()
+    assert "clean" in screen.getvalue()
+    assert not model._forward_hooks
+    assert capsys.readouterr() == ("", ""), "standard output may be a pipe while a terminal shows the bar"
+
+
+def test_a_pipe_sees_no_bar(capsys):
+    model = Model()
+    with forwards(model, "clean", lambda: pytest.fail("nobody needs the total")), bar("tasks", 3) as advance:
+        model(torch.zeros(2, 12))
+        advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_of_a_library_are_ours_and_end_with_it(screen):
+    library = types.SimpleNamespace(tqdm="its own")
+    with library_bars("arc", library):
+        assert list(library.tqdm([1, 2], desc="requests")) == [1, 2]
+        quiet = library.tqdm(total=7, disable=True)
+        quiet.update(3)
+        library.tqdm(total=5).update(2)  # and is never closed, as where an error comes between
+    assert library.tqdm == "its own"
+    assert "arc: requests" in screen.getvalue()
+    assert "40%" in screen.getvalue()
+    assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h") == 2, "the cursor is back"
+
+
+def test_retries_of_the_hub_are_one_line(capsys):
+    hub = logging.Logger("huggingface_hub.utils._http")
+    hub.addFilter(OneLineOfRetries())
+    shown = logging.StreamHandler(io.StringIO())
+    hub.addHandler(shown)
+    for attempt in range(1, 6):
+        hub.warning("'timed out' thrown while requesting HEAD https://huggingface.co/x")
+        hub.warning(f"Retrying in 1s [Retry {attempt}/5].")
+    hub.error("it has gone")
+    assert capsys.readouterr().err == "newcompute: the Hugging Face Hub does not answer; trying again\n"
+    assert shown.stream.getvalue() == "it has gone\n"
+
+
+def test_a_command_in_a_pipe_prints_its_result_and_nothing_else(real_inputs, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a small dog. " * 20)
+    done = run_python("-m", "launch.cli", "eval", "--model", str(real_inputs / "stories260K"), "--text",
+                      str(tmp_path / "text.txt"), "--device", "cpu")  # fmt: skip
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert done.stdout.startswith(str(real_inputs / "stories260K"))
