@@ -9,13 +9,12 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import tomli
 import tomli_w
@@ -41,7 +40,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.origin}: " if self.origin else ""
-        what = f"{self.key} = {_show(self.value)}" if self.key and self.value is not None else self.key
+        what = f"{self.key} = {show_value(self.value)}" if self.key and self.value is not None else self.key
         head = f"{where}{what}".rstrip(": ")
         return f"  {head}\n      {self.message}" if head else f"  {self.message}"
 
@@ -358,7 +357,8 @@ def _suggest_transform(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(allowed)}"
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value as TOML has it, shortened where it is long."""
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, bool):
@@ -370,34 +370,6 @@ def _show(value: Any) -> str:
 def to_toml(config: Config) -> str:
     """The resolved configuration, defaults included; loading it gives an equal one."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def help_text() -> str:
-    """Every flag with its type, default and meaning, by section."""
-    lines: list[str] = []
-    section = ""
-    for key, info in schema_keys():
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            lines.append(f"\n[{section}]")
-        default = "" if info.default is None else f" (default {_show(info.default)})"
-        lines.append(f"  --{key} {_type_name(info.annotation)}{default}\n      {(info.description or '').strip()}")
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if origin is typing.Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
-    if origin is list:
-        return "ARRAY"
-    return {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}.get(
-        getattr(annotation, "__name__", ""), "VALUE"
-    )
 
 
 def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tuple[list[str], dict[str, str], list[str]]:

@@ -27,7 +27,7 @@ from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_dat
 from train.distillation import Teacher, find_teacher
 from train.faults import is_broken_exchange
 from train.metrics import Recorder
-from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
+from train.outcome import EXIT_CHECKPOINT, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
 from train.redaction import redact
@@ -39,11 +39,11 @@ from transforms.apply import table
 
 
 class JobError(Exception):
-    """The job cannot start or go on; `code` is the exit code."""
+    """The job cannot start or go on; `code` is the exit code, and `of_peer` whether another process has brought it about."""
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int, of_peer: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.of_peer = code, of_peer
 
 
 def run_job(config: Config) -> None:
@@ -51,8 +51,8 @@ def run_job(config: Config) -> None:
 
     Raises:
         JobError: with the exit code 1 (another process, a disk or the network failed), 2 (cannot start), 3 (non-finite),
-            4 (checkpoint could not be saved or loaded), 5 (an exchange with the other processes timed out) or 75 (asked to
-            stop; the same command goes on).
+            4 (checkpoint could not be saved or loaded), 5 (an exchange with the other processes timed out), or 75 or 130 (asked
+            to stop, or interrupted with Ctrl-C; the same command goes on).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -85,14 +85,15 @@ def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | Non
     try:
         yield
     except Preempted as stop:
-        raise JobError(
-            str(stop) or "asked to stop before the first step; start the same command again", EXIT_PREEMPTED
-        ) from stop
+        asked = "interrupted" if stop.code == EXIT_INTERRUPTED else "asked to stop"
+        message = str(stop) or f"{asked} before the first step: nothing to save; start the same command again"
+        raise JobError(message, stop.code) from stop
     except NonFinite as error:
         raise JobError(str(error), EXIT_NON_FINITE) from error
     except CheckpointError as error:
         # Where a peer died during the save, starting again helps: not an error of the checkpoint.
-        raise JobError(str(error), EXIT_OTHER if _peer_ended(error) else checkpoint_code) from error
+        of_peer = _peer_ended(error)
+        raise JobError(str(error), EXIT_OTHER if of_peer else checkpoint_code, of_peer) from error
     except (ConfigError, DataError, RunFolderError, ValueError) as error:
         raise JobError(str(error), EXIT_SETUP) from error
     except OSError as error:
@@ -103,7 +104,7 @@ def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | Non
     except RuntimeError as error:
         if is_broken_exchange(error):
             said = watchdog.explain(error) if watchdog else ("another process of this run has ended", EXIT_OTHER)
-            raise JobError(*said) from error
+            raise JobError(*said, of_peer=True) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise JobError(
@@ -199,8 +200,10 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
         if trainer.step >= trainer.last_step:
             recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")
         if not trainer.run(recorder):
-            recorder.event(trainer.step, "preempted", "asked to stop")
-            raise Preempted(_after_stop(trainer))
+            by_hand = trainer.agreement.interrupted
+            kind, asked = ("interrupted", "interrupted with Ctrl-C") if by_hand else ("preempted", "asked to stop")
+            recorder.event(trainer.step, kind, asked)
+            raise Preempted(_after_stop(trainer, asked), EXIT_INTERRUPTED if by_hand else EXIT_PREEMPTED)
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
         recorder.close()
@@ -210,13 +213,14 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     return None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
 
 
-def _after_stop(trainer: Trainer) -> str:
-    """What a run that was asked to stop leaves behind."""
+def _after_stop(trainer: Trainer, asked: str) -> str:
+    """What a run that was asked to stop leaves behind, and how it goes on."""
+    checkpoints = trainer.checkpoints
     if not trainer.config.checkpoint.interval:
-        return f"asked to stop after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
-    if trainer.checkpoints.last_saved != trainer.step or not trainer.step:
-        return "asked to stop before the first step; start the same command again"
-    return f"asked to stop: step {trainer.step} is saved, and the same command goes on from there"
+        return f"{asked} after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
+    if checkpoints.last_saved != trainer.step or not trainer.step:
+        return f"{asked} before the first step: nothing to save; start the same command again"
+    return f"{asked}: step {trainer.step} is saved in {checkpoints.folder}, and the same command goes on from there"
 
 
 def _training_data(config: Config, mesh: meshes.Mesh, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:

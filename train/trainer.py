@@ -204,9 +204,9 @@ class Trainer:
         )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
-            if self.agreement.ask(stop=self.asked_to_stop)["stop"]:
+            if self.agreement.ask(**self.requests())["stop"]:
                 return False
-            stop = False
+            self.signals.can_save, stop = True, False
             if self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
@@ -248,9 +248,9 @@ class Trainer:
             batches.close()
         return not stop
 
-    @property
-    def asked_to_stop(self) -> bool:
-        return self.signals.received is not None
+    def requests(self) -> dict[str, bool]:
+        """What this process was asked for, as flags of an agreement."""
+        return {"stop": self.signals.received is not None, "interrupted": self.signals.interrupted}
 
     def _due_to_log(self, step: int) -> bool:
         return step == self.last_step or step % self.config.metrics.log_interval == 0
@@ -279,7 +279,7 @@ class Trainer:
 
         if not self.gradients_checked:
             self.check_gradients()
-        self.agreement.begin(stop=self.asked_to_stop, saving=self.checkpoints.busy)
+        self.agreement.begin(**self.requests(), saving=self.checkpoints.busy)
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.beat("optimizer", self.step + 1)
         self.checkpoints.wait_copied()
@@ -483,7 +483,7 @@ class Trainer:
             else:
                 totals[0] += self.loss_sum(batch, places[0])
             totals[1] += (batch.targets != IGNORE).sum()
-            stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
+            stop = self.agreement.ask(**self.requests())["stop"]
             if stop:
                 break
         if self.noise is not None:
