@@ -23,10 +23,12 @@ from train.outcome import (  # noqa: E402
     EXIT_OTHER,
     EXIT_PREEMPTED,
     EXIT_SETUP,
+    NOTICE,
     OUTCOME_VARIABLE,
     installed_packages,
     leave_at_once,
     missing_package,
+    peer_has_ended,
     stop_without_launcher,
     stopped_with_peer,
     tell_launcher,
@@ -90,13 +92,17 @@ def _fail(message: str, code: int, patience: float, said: bool = False) -> NoRet
     """
     rank = int(os.environ.get("RANK", 0))
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 if under_plain_torchrun() else rank == 0
-    if not first and code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
-        wait_for_torchrun()
-        raise SystemExit(code)
+    asked_to_stop = code in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+    if not first and asked_to_stop:
+        until = time.monotonic() + (NOTICE if under_plain_torchrun() else 0)
+        while time.monotonic() < until and not peer_has_ended():
+            time.sleep(0.1)
+        raise SystemExit(0 if peer_has_ended() else code)  # the first has ended with the code
     if not first:
         time.sleep(patience)
     message = redact(f"newcompute: {f'process {rank}: ' if rank else ''}{message}")
-    if not tell_torchrun(message) and not said:
+    told = tell_torchrun(message) and not asked_to_stop  # torchrun that was signalled itself shows no table
+    if not told and not said:
         print(message, file=sys.stderr, flush=True)
     raise SystemExit(code)
 

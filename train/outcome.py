@@ -102,21 +102,27 @@ def tell_torchrun(message: str) -> bool:
 def stopped_with_peer() -> bool:
     """Whether a signal that has just come is plain torchrun ending this process because another one has failed.
 
-    torchrun collects the process that failed before it signals the others, so one of its children is missing then. The run
-    has failed whatever this process exits with.
+    The run has failed then, whatever this process exits with.
     """
-    if not under_plain_torchrun() or Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/")).is_file():
+    told = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/")).is_file()
+    return not told and peer_has_ended()
+
+
+def peer_has_ended() -> bool:
+    """Whether plain torchrun has noticed the end of another of its processes here: it has collected that child (Linux)."""
+    if not under_plain_torchrun():
         return False
-    parent = os.getppid()
+    # All threads: while torchrun dies, its children pass from one to the next. Then they may be missing altogether.
+    lists = Path(f"/proc/{os.getppid()}/task").glob("*/children")
     try:
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        children = {int(pid) for file in lists for pid in file.read_text().split()}
     except OSError:
         return False
-    return len(children) < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.getpid() in children and len(children) < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def wait_for_torchrun() -> None:
-    """Leave plain torchrun time to notice the process that has failed, before this one, which only suffers from that, ends too."""
+    """Leave plain torchrun time to notice the process that failed, before this one, which only suffers from that, ends too."""
     if under_plain_torchrun():
         time.sleep(NOTICE)
 
@@ -144,13 +150,10 @@ def launcher_is_gone() -> bool:
     a service manager, or the shim of a container. (Where that one is Python as well, this says no.)
     """
     launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is None:
-        return under_plain_torchrun() and sys.platform.startswith("linux") and not any(map(_is_python, _ancestors()))
-    try:
-        os.kill(int(launcher), 0)
-    except ProcessLookupError:
-        return True
-    return False
+    if (launcher is None and not under_plain_torchrun()) or not sys.platform.startswith("linux"):
+        return False
+    above = list(_ancestors())
+    return int(launcher) not in above if launcher is not None else not any(map(_is_python, above))
 
 
 def _ancestors() -> Iterator[int]:

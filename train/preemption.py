@@ -98,16 +98,19 @@ class Signals:
     def _note(self, number: int) -> None:
         if stopped_with_peer():
             os._exit(0)
-        if self.received is not None:
+        first = self.received is None
+        if not first and (number == signal.SIGINT or (number == signal.SIGTERM and self.interrupted)):
             # Plain torchrun sends SIGTERM for the second Ctrl-C.
-            if number == signal.SIGINT or (number == signal.SIGTERM and self.received == signal.SIGINT):
-                leave_at_once(signal.SIGINT, "interrupted again: ended without saving")
-            return  # whatever it began is under way
-        self.received = signal.Signals(number)
-        if self.at_once or (not self.can_save and launcher_is_gone()):  # no agreement may come any more
+            leave_at_once(signal.SIGINT, "interrupted again: ended without saving")
+        self.received = self.received or signal.Signals(number)
+        # Without a launcher no agreement may come any more. The system says that it is gone once for each of its threads.
+        now = self.at_once or (not self.can_save and launcher_is_gone())
+        if now and self._insisting is None:
             self.at_once = True
             self._insisting = threading.Thread(target=self._insist, daemon=True, name="insist on the end")
             self._insisting.start()
+        elif now or not first:
+            return  # whatever it began is under way
         elif number != signal.SIGINT:
             self._say(f"process {os.environ.get('RANK', 0)}: {self.received.name}: saving at the end of this step, then stopping")
         elif os.environ.get("LOCAL_RANK", "0") == "0":
