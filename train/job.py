@@ -19,7 +19,7 @@ from parallel.apply import compute_dtype
 from parallel.degrees import resolve_degrees
 from parallel.float8_layers import choices
 from train.checkpoint import CheckpointError, find_checkpoint
-from train.config import Config, named_shape
+from train.config import Config, model_title, named_shape
 from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
 from train.corpus import DataError
@@ -300,7 +300,7 @@ def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Tra
     precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
     return (
         f"{redact(' '.join(sys.argv))}\n"
-        f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
+        f"{model_title(config.model)}: "
         f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
         f"({degrees}), {precision}\n"
         f"{trainer.total_steps:,} steps of {config.tokens_per_step:,} tokens "
