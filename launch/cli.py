@@ -21,6 +21,7 @@ from train.outcome import installed_packages, missing_package  # noqa: E402
 with installed_packages():
     from train.config_help import asked_for_help, help_page
     from train.config_sources import ConfigError, exit_with, load_config, split_arguments
+    from train.quiet import quiet_libraries
 
 CONFIG_COMMANDS = {
     "plan": "what a run would be, without running it: meshes, batches, parameters, FLOPs, memory, time",
@@ -326,6 +327,7 @@ def _config_command(command: str, arguments: list[str]) -> None:
         return
     files, _, flags = split_arguments(arguments)
     config = load_config(files, flags)
+    quiet_libraries()
     from train.prepare import prepare
 
     if not prepare(config):

@@ -24,7 +24,7 @@ from typing import Any
 _ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [_ROOT] + [entry for entry in sys.path if entry not in (_ROOT, str(Path(__file__).resolve().parent))]
 
-from train.outcome import EXIT_INTERRUPTED, EXIT_PREEMPTED  # noqa: E402
+from train.outcome import EXIT_INTERRUPTED, EXIT_PREEMPTED, installed_packages  # noqa: E402
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Asked to save and leave: what SLURM sends before a time limit (`--signal`), a preemption and a cancellation; Ctrl-C."""
@@ -59,7 +59,8 @@ class StopRequests:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line to its end and exit with the processes' code."""
     requests = StopRequests()  # first: torch takes seconds to import, and an unhandled SIGUSR1 would kill
-    from launch.agent import launch
+    with installed_packages():
+        from launch.agent import launch
 
     raise SystemExit(launch(sys.argv[1:] if arguments is None else arguments, requests))
 

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from train.config import SourceConfig
+from train.local_paths import nothing_at
 
 # What one file or line may unpack to: more is a mistake, or a compressed file made to fill the memory.
 LONGEST_TEXT = 1 << 32
@@ -135,7 +136,7 @@ def _matches(patterns: list[str], key: str) -> list[Path]:
         matches = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
         matches = [path for path in matches if path.is_file()]
         if not matches:
-            raise DataError(f"data.{key}: no file matches {pattern!r} (seen from {os.getcwd()})")
+            raise DataError(f"data.{key}: {nothing_at(pattern)}")
         found.update(dict.fromkeys(matches))
     for path in found:
         if not _ending(path):

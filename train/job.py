@@ -22,10 +22,11 @@ from train.checkpoint import CheckpointError, find_checkpoint
 from train.config import Config, model_title, named_shape
 from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
-from train.corpus import DataError
+from train.corpus import DataError, input_files
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, open_data
 from train.distillation import Teacher, find_teacher
 from train.faults import is_broken_exchange
+from train.local_paths import refuse_missing
 from train.metrics import Recorder
 from train.outcome import EXIT_CHECKPOINT, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
@@ -152,7 +153,12 @@ def _check_data(config: Config) -> None:
     if [source.source for source in config.data.all_sources] == ["embedded"]:
         prepare(config)  # seconds, and the first run needs no other command
     tokenizer = run_tokenizer(config)
-    _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+    try:
+        _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+    except DataError:
+        for source in config.data.all_sources:
+            input_files(source)  # where the text itself is not there, that is what to say
+        raise
     if config.validation.interval and held_out is not None and held_out.count < 1:
         raise DataError(TOO_LITTLE_HELD_OUT)
 
@@ -264,6 +270,7 @@ def hf_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    refuse_missing(name)
     from huggingface_hub import snapshot_download
 
     try:

@@ -40,6 +40,7 @@ from train.outcome import (  # noqa: E402
 with installed_packages():
     from train.config_help import asked_for_help, help_page
     from train.config_sources import ConfigError, load_config, split_arguments
+    from train.quiet import quiet_libraries
     from train.redaction import redact
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not tell_launcher(EXIT_SETUP, str(error)):
             _fail(str(error), EXIT_SETUP, patience=15)  # imports take some processes longer than others
         return
+    quiet_libraries()
     with installed_packages():
         from train.job import JobError, run_job
     try:

@@ -210,7 +210,9 @@ class Trainer:
             if self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
-            first = self.step + 1
+            first, compiles = self.step + 1, config.compile.enabled and self.step < self.last_step
+            if compiles:
+                recorder.say("compiling: the first step takes as long as that does, and is outside the rates below")
             profiler.start()
             self.beat("data", self.step + 1)
             for rows in batches:
@@ -222,6 +224,8 @@ class Trainer:
                 self.step += 1
                 if self.step == first and config.checkpoint.interval:
                     self.checkpoints.make_host_copy()
+                if self.step == first and compiles:
+                    self.begin_rates(recorder)
                 agreed = self.agreement.finish()
                 stop, final = agreed["stop"], self.step == self.last_step
 
@@ -247,6 +251,13 @@ class Trainer:
             self.checkpoints.close()
             batches.close()
         return not stop
+
+    def begin_rates(self, recorder: Recorder) -> None:
+        """After the step that compiled: wait for the device this once, and count time from here."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+        recorder.say(f"compiled: the first step took {self.throughput.seconds():.0f} s")
+        self.throughput.restart(self.step, self.batches.waited)
 
     def requests(self) -> dict[str, bool]:
         """What this process was asked for, as flags of an agreement."""
