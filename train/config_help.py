@@ -140,12 +140,14 @@ def _table(name: str, model: type[BaseModel], title: str = "") -> Iterator[str]:
         table = _table_of(field.annotation)
         if table is not None:
             inner.setdefault(table, []).append(key)
-        if key != "kind":
+        if not (is_transform and key == "kind"):
             yield from _key(name, key, field)
     for table, keys in inner.items():
         yield ""
         if table is SourceConfig:
-            yield from _wrapped("", "[[data.sources]]  one table for each source, with the keys of [data] from source to weight")
+            yield from _wrapped(
+                "", "[[data.sources]]  one table for each source, with the keys of [data] from source to weight"
+            )
         elif is_transform:
             yield f"Keys of the tables {', '.join(keys)}:"
             for key, field in table.model_fields.items():

@@ -52,7 +52,9 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
     if suggesting:
         print("\n".join(suggestion_lines(config, shape, world_size, asked or GPUS["h100"], mfu)))
         return
-    flops = total_steps(config, shape) * config.tokens_per_step * flops_per_token(shape, config.training.sequence_length)
+    flops = (
+        total_steps(config, shape) * config.tokens_per_step * flops_per_token(shape, config.training.sequence_length)
+    )
     device = choose_device(config, world_size, flops, asked, "" if asked else gpu_here())
     print(f"device       {device.reason}")
     print("\n".join(plan_lines(placed(config, device), shape, vocabulary_note, world_size, mfu, device.gpu)))
@@ -184,7 +186,11 @@ def _logit_label(setup: Setup) -> str:
 
 def _checkpointing_lines(setup: Setup, gpu: Gpu | None, mfu: float) -> Iterator[str]:
     """What each mode would keep and compute again."""
-    per, step = ("process", "     (estimates; * is chosen)") if gpu is None else ("device", "      step (estimates; * is chosen)")
+    per, step = (
+        ("process", "     (estimates; * is chosen)")
+        if gpu is None
+        else ("device", "      step (estimates; * is chosen)")
+    )
     yield f"blocks keep  per token and block    per {per:7}   computed again    memory{step}"
     for mode in ("none", "selective", "full", "budget"):
         if mode == "budget" and setup.mode != mode:

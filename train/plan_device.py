@@ -1,4 +1,4 @@
-"""Which device a plan is for: the GPU that was asked for or is here, the CPU, or one that is assumed. Torch-free without a GPU."""
+"""Which device a plan is for: a GPU that was asked for or is here, the CPU, or a GPU that is assumed. Torch-free without one."""
 
 from __future__ import annotations
 

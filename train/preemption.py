@@ -112,9 +112,13 @@ class Signals:
         elif now or not first:
             return  # whatever it began is under way
         elif number != signal.SIGINT:
-            self._say(f"process {os.environ.get('RANK', 0)}: {self.received.name}: saving at the end of this step, then stopping")
+            self._say(
+                f"process {os.environ.get('RANK', 0)}: {self.received.name}: saving at the end of this step, then stopping"
+            )
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            self._say("interrupted: stopping at the end of this step, with a checkpoint; Ctrl-C once more ends at once, without")
+            self._say(
+                "interrupted: stopping at the end of this step, with a checkpoint; Ctrl-C once more ends at once, without"
+            )
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

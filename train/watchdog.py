@@ -198,7 +198,10 @@ class Watchdog:
     ) -> None:
         self._leaving.set()
         self._stop.set()
-        asked_to_stop = not isinstance(error, Exception) or getattr(error, "code", None) in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+        asked_to_stop = not isinstance(error, Exception) or getattr(error, "code", None) in (
+            EXIT_PREEMPTED,
+            EXIT_INTERRUPTED,
+        )
         if error is None or asked_to_stop:
             self.mine.state = DONE
         elif self.mine.state != HURT:
