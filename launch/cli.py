@@ -28,17 +28,17 @@ CONFIG_COMMANDS = {
     "prepare": "turn the configured text into token shards",
 }
 EXAMPLES = {
-    "plan": "newcompute plan --config configs/llama3_8b.toml --world-size 8 --gpu h100",
+    "plan": "newcompute plan --config configs/llama3_8b.toml \\\n    --world-size 8 --gpu h100",
     "prepare": "newcompute prepare --config configs/clm_60m.toml",
     "status": "newcompute status outputs/*",
-    "report": "newcompute report outputs/clean outputs/noisy --out compared.html",
-    "export": "newcompute export --run outputs/quickstart --out quickstart-hf",
+    "report": "newcompute report outputs/clean outputs/noisy --out pair.html",
+    "export": "newcompute export --run outputs/quickstart --out model-hf",
     "eval": "newcompute eval --model outputs/quickstart --text notes.txt \\\n"
-    "      --transforms configs/transforms/int8.toml",
-    "calibrate": "newcompute calibrate --model outputs/quickstart --text notes.txt --out ranges.safetensors \\\n"
-    "      --transforms configs/transforms/optical_8bit.toml",
-    "sweep-noise": "newcompute sweep-noise --model outputs/quickstart --text notes.txt --out sweep.json \\\n"
-    "      --transforms configs/transforms/bitflip_mantissa.toml --probabilities 1e-5,1e-4,1e-3",
+    "    --transforms configs/transforms/int8.toml",
+    "calibrate": "newcompute calibrate --model outputs/quickstart \\\n    --text notes.txt --out ranges.safetensors \\\n"
+    "    --transforms configs/transforms/optical_8bit.toml",
+    "sweep-noise": "newcompute sweep-noise --model outputs/quickstart \\\n    --text notes.txt --out sweep.json \\\n"
+    "    --transforms configs/transforms/bitflip_mantissa.toml \\\n    --probabilities 1e-5,1e-4,1e-3",
     "generate": 'newcompute generate --model outputs/quickstart --prompt "def "',
     "trace": "newcompute trace outputs/quickstart/profiles/*.json.gz",
     "rows": "newcompute rows --run outputs/quickstart --step 100",
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="newcompute",
         description="Pretrain and evaluate language models on simulated hardware.",
         epilog="`newcompute COMMAND --help` shows a command's options and an example.\n\nTraining itself:\n"
-        "  launch/local.sh 2 --config configs/quickstart.toml    (settings: python train/main.py --help)",
+        "  launch/local.sh 2 --config configs/quickstart.toml\n  python train/main.py --help       its settings",
         formatter_class=partial(argparse.RawTextHelpFormatter, max_help_position=15),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -122,9 +122,9 @@ def _add_examples(commands: Any) -> None:
     """Give each command's own page what it does and its example, and the list of commands both."""
     for entry in commands._get_subactions():
         parser, example = commands.choices[entry.dest], EXAMPLES[entry.dest]
-        parser.description, parser.epilog = entry.help, f"example:\n  {example}"
+        parser.description, parser.epilog = entry.help, f"example:\n{textwrap.indent(example, '  ')}"
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        entry.help = f"{textwrap.fill(entry.help, 64)}\n  {example}"
+        entry.help = f"{textwrap.fill(entry.help, 64)}\n{textwrap.indent(example, '  ')}"
 
 
 def _status_parser(commands: Any) -> None:

@@ -80,7 +80,7 @@ def help_page(command: str, about: str, topic: str, example: str = EXAMPLE) -> s
     if topic:
         return "\n".join(_topic(topic.strip("[]").removeprefix("--"), command))
     width = max(map(len, SECTIONS))
-    lines = [about.strip(), "", "Example:", f"  {example}", ""]
+    lines = [about.strip(), "", "Example:", textwrap.indent(example, "  "), ""]
     lines += ["  --config FILE.toml      settings of a file; repeatable, later files win"]
     lines += ["  --SECTION.KEY VALUE     one setting; wins over files", ""]
     lines += [f"Sections ({command} --help SECTION lists the keys of one):"]
@@ -104,7 +104,8 @@ def _topic(topic: str, command: str) -> Iterator[str]:
     keys = [f"{name}.{key}" for name, model in tables.items() for key in model.model_fields]
     close = difflib.get_close_matches(topic, [*SECTIONS, *tables, *keys], n=1, cutoff=0.5)
     nearest = f"; did you mean {close[0]}?" if close else ""
-    problem = f"no such section or key{nearest}\n      sections: {', '.join(SECTIONS)}"
+    sections = textwrap.fill(f"sections: {', '.join(SECTIONS)}", 74).replace("\n", "\n      ")
+    problem = f"no such section or key{nearest}\n      {sections}"
     raise ConfigError([Problem(problem, origin=f"--help {topic}")])
 
 

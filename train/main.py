@@ -73,12 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN if OUTCOME_VARIABLE in os.environ else _end)
     except JobError as error:
-        if tell_launcher(error.code, str(error)):
+        # Those that stop because they were asked to say the same; one of them is enough.
+        silent = error.code in (EXIT_PREEMPTED, EXIT_INTERRUPTED) and os.environ.get("RANK", "0") != "0"
+        if tell_launcher(error.code, "" if silent else str(error)):
             return
         if error.of_peer:
             print(redact(f"newcompute: {error}"), file=sys.stderr, flush=True)
             wait_for_torchrun()
-        _fail(str(error), error.code, 3 if error.code != EXIT_OTHER else 0, said=error.of_peer)
+        _fail(str(error), error.code, NOTICE / 2 if error.code != EXIT_OTHER else 0, said=error.of_peer)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and missing_package(error):
             _fail(missing_package(error), EXIT_SETUP, 0)

@@ -42,7 +42,7 @@ LAUNCHER_VARIABLE = "NEWCOMPUTE_LAUNCHER"
 OUTCOME_VARIABLE = "NEWCOMPUTE_OUTCOME"
 """Environment variable naming the folder of one attempt on one node, to which each process adds `RANK.json`."""
 
-NOTICE = 6.0
+NOTICE = 12.0
 """Seconds in which a process that failed has said so and ended, and torchrun has noticed."""
 
 

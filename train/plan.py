@@ -5,6 +5,9 @@ Memory is counted in train/plan_memory.py, time estimated in train/plan_time.py,
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,16 +51,27 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
         problems += layout_problems(config, shape, resolve_degrees(config, world_size))
     if problems:
         raise ConfigError(problems)
-    print(f"config       {_sources(files, flags)}")
+    _show([f"config       {_sources(files, flags)}"])
     if suggesting:
-        print("\n".join(suggestion_lines(config, shape, world_size, asked or GPUS["h100"], mfu)))
+        _show(suggestion_lines(config, shape, world_size, asked or GPUS["h100"], mfu))
         return
     flops = (
         total_steps(config, shape) * config.tokens_per_step * flops_per_token(shape, config.training.sequence_length)
     )
     device = choose_device(config, world_size, flops, asked, "" if asked else gpu_here())
-    print(f"device       {device.reason}")
-    print("\n".join(plan_lines(placed(config, device), shape, vocabulary_note, world_size, mfu, device.gpu)))
+    lines = plan_lines(placed(config, device), shape, vocabulary_note, world_size, mfu, device.gpu)
+    _show([f"device       {device.reason}", *lines])
+
+
+def _show(lines: Sequence[str]) -> None:
+    """Print lines, those that a terminal is too narrow for in several, indented as the plan's text is."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    for line in lines:
+        if not width or len(line) <= width:
+            print(line)
+            continue
+        indent = " " * max(13, len(line) - len(line.lstrip()))
+        print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def _sources(files: Sequence[str], flags: Sequence[str]) -> str:
@@ -186,12 +200,9 @@ def _logit_label(setup: Setup) -> str:
 
 def _checkpointing_lines(setup: Setup, gpu: Gpu | None, mfu: float) -> Iterator[str]:
     """What each mode would keep and compute again."""
-    per, step = (
-        ("process", "     (estimates; * is chosen)")
-        if gpu is None
-        else ("device", "      step (estimates; * is chosen)")
-    )
-    yield f"blocks keep  per token and block    per {per:7}   computed again    memory{step}"
+    per = "per process" if gpu is None else "per device"
+    step = "" if gpu is None else f"  {'step':>9}"
+    yield f"{'blocks keep':16}{'per token':>13}  {per:>12}  {'repeated':>8}  {'memory':>12}{step}"
     for mode in ("none", "selective", "full", "budget"):
         if mode == "budget" and setup.mode != mode:
             continue  # any share between full and none
@@ -199,11 +210,12 @@ def _checkpointing_lines(setup: Setup, gpu: Gpu | None, mfu: float) -> Iterator[
         memory = plan_memory(other)
         kept = block_bytes(other, mode) / (setup.tokens * 1024)
         name = f"budget {setup.budget:g}" if mode == "budget" else mode
-        seconds = "" if gpu is None else f"  {plan_time(other, gpu, mfu).total:.3g} s"
+        seconds = "" if gpu is None else f"  {plan_time(other, gpu, mfu).total:>7.3g} s"
         yield (
-            f"           {'*' if mode == setup.mode else ' '} {name:12} {kept:8.1f} KiB  {_size(memory.activations)}  "
-            f"{extra_share(other, mode):8.1%} of FLOPs  {_size(memory.total)}{seconds}"
+            f"  {'*' if mode == setup.mode else ' '} {name:12}{kept:9.1f} KiB  {_size(memory.activations)}  "
+            f"{extra_share(other, mode):8.1%}  {_size(memory.total)}{seconds}"
         )
+    yield f"{'':12} (estimates; * is chosen; per token and block; repeated: share of the model's FLOPs computed again)"
 
 
 def _no_time_lines() -> Iterator[str]:
