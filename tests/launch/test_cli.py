@@ -196,7 +196,6 @@ BAD_INPUTS = {
         ["--tokenizer.kind", "hf", "--tokenizer.path", "./tok"],
         "tokenizer: no such folder: tok (seen from",
     ),
-    "missing model": (["--model.init_from", "hf:outputs/none"], "no such folder: outputs/none (seen from"),
     "no tokenizer file": (
         ["--tokenizer.kind", "tiktoken", "--tokenizer.path", "no/tokenizer.model"],
         "cannot read the tiktoken file no/tokenizer.model",
@@ -244,6 +243,7 @@ def test_empty_text_file_is_named(tmp_path, capsys):
             ["plan", "--model.init_from", "hf:{inputs}/stories260K", "--training.sequence_length", "999"],
             "context of 512",
         ),
+        (["plan", "--model.init_from", "hf:outputs/none"], "no such folder: outputs/none (seen from"),
         (["export", "--run", "no/such/run", "--out", "x"], "neither a run folder"),
         (["generate", "--model", "{inputs}/stories260K", "--temperature", "-1"], "at least 0"),
         (["generate", "--model", "{inputs}/stories260K", "--device", "cuda"], "PyTorch sees no CUDA GPU here"),
