@@ -29,6 +29,7 @@ from torch.distributed.launcher import api as launcher_api
 from launch.elastic import STOP_SIGNALS, StopRequests
 from train.outcome import (
     EXIT_HANG,
+    EXIT_INTERRUPTED,
     EXIT_OTHER,
     EXIT_PREEMPTED,
     FINAL,
@@ -40,7 +41,9 @@ from train.outcome import (
 SETTLE = 2.0
 """Seconds from a process's failure until its cause must be known: the process that met the cause says so before it ends, on
 its own node, but its peers fail at the same time and another node is asked only once a second."""
-LINGER = {EXIT_PREEMPTED: 300.0}
+ASKED_TO_STOP = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+"""Codes of processes that were asked to stop and have saved."""
+LINGER = dict.fromkeys(ASKED_TO_STOP, 300.0)
 """Seconds that other processes have to end by themselves once one has told a final code; after an error 30, for they may
 wait for it forever. A preempted one has saved together with all others, and a last upload may take minutes."""
 LINGER_AFTER_ERROR = 30.0
@@ -167,17 +170,15 @@ class Agent(LocalElasticAgent):
         ended = [failure.exitcode for failure in result.failures.values()]
         codes = {code for code, _ in told.values()} | {code for code in ended if code in FINAL}
         asked = bool(self._requests.received)
-        errors = codes - {EXIT_PREEMPTED}
+        errors = codes.difference(ASKED_TO_STOP)
         if errors:
             return min(errors)
         # torch stops the others with SIGTERM when one has died. They may say "preempted", and must not be believed.
-        died = [code for code in ended if code not in (EXIT_PREEMPTED, *STOP_CODES)]
-        if EXIT_PREEMPTED in codes and (asked or not died):
-            return EXIT_PREEMPTED
+        died = [code for code in ended if code not in (*ASKED_TO_STOP, *STOP_CODES)]
+        if codes and (asked or not died):
+            return max(codes)
         if asked and ended and not died:
-            return (
-                EXIT_PREEMPTED  # they were not yet so far that they could handle the signal, and so had nothing to save
-            )
+            return self._requests.code  # they were not yet so far that they could handle the signal: nothing to save
         return None
 
     def _give_time(self, code: int) -> bool:
@@ -185,7 +186,7 @@ class Agent(LocalElasticAgent):
         now = time.monotonic()
         if self._told_at is None:
             self._told_at = now
-        if code == EXIT_PREEMPTED and not self._requests.received and not self._passed_on:
+        if code in ASKED_TO_STOP and not self._requests.received and not self._passed_on:
             # Another node was asked. Those that train with it agree with it anyway; those still starting would wait.
             self._passed_on = True
             self._send(signal.SIGTERM)
@@ -272,11 +273,11 @@ def launch(arguments: list[str], requests: StopRequests) -> int:
         return 128 + int(error.sigval)
     except Stopped:
         print("newcompute: asked to stop before anything had started", file=sys.stderr, flush=True)
-        return EXIT_PREEMPTED
+        return requests.code
     except RendezvousError as error:
         shared = agents[-1].last_shared_code() if agents else None
         if shared is not None or requests.received:
-            return EXIT_PREEMPTED if shared is None else shared
+            return requests.code if shared is None else shared
         print(
             f"newcompute: the nodes did not come together: {type(error).__name__} {error}\n  Each node must start the same "
             "command with the same --rdzv_id, --nnodes and --rdzv_endpoint, whose host must be one of them; or another node "

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,39 @@ _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").exists():
     sys.path.insert(0, str(_ROOT))
 
-from evals.quiet import quiet_libraries  # noqa: E402
-from launch.eval_commands import check_writable, warn_of_norms  # noqa: E402
-from launch.eval_options import add_parsers, positive  # noqa: E402
-from train.config_sources import ConfigError, exit_with, help_text, load_config, split_arguments  # noqa: E402
+from train.outcome import installed_packages, missing_package  # noqa: E402
+
+with installed_packages():
+    from evals.quiet import quiet_libraries
+    from launch.eval_commands import check_writable, warn_of_norms
+    from launch.eval_options import add_parsers, positive
+    from train.config_help import asked_for_help, help_page
+    from train.config_sources import ConfigError, exit_with, load_config, split_arguments
 
 CONFIG_COMMANDS = {
     "plan": "what a run would be, without running it: meshes, batches, parameters, FLOPs, memory, time",
     "prepare": "turn the configured text into token shards",
 }
+EXAMPLES = {
+    "plan": "newcompute plan --config configs/llama3_8b.toml \\\n    --world-size 8 --gpu h100",
+    "prepare": "newcompute prepare --config configs/clm_60m.toml",
+    "status": "newcompute status outputs/*",
+    "report": "newcompute report outputs/clean outputs/noisy --out pair.html",
+    "export": "newcompute export --run outputs/quickstart --out model-hf",
+    "eval": "newcompute eval --model outputs/quickstart --text notes.txt \\\n"
+    "    --transforms configs/transforms/int8.toml",
+    "calibrate": "newcompute calibrate --model outputs/quickstart \\\n    --text notes.txt --out ranges.safetensors \\\n"
+    "    --transforms configs/transforms/optical_8bit.toml",
+    "sweep-noise": "newcompute sweep-noise --model outputs/quickstart \\\n    --text notes.txt --out sweep.json \\\n"
+    "    --transforms configs/transforms/bitflip_mantissa.toml \\\n    --key probability --values 1e-5,1e-4,1e-3",
+    "generate": 'newcompute generate --model outputs/quickstart --prompt "def "',
+    "trace": "newcompute trace outputs/quickstart/profiles/*.json.gz",
+    "rows": "newcompute rows --run outputs/quickstart --step 100",
+}
+"""One command line for each command."""
 PLAN_OPTIONS = """  --world-size N      processes (default 1; with --suggest 8)
   --suggest           search the layouts that fit, and rank them by estimated time
-  --gpu NAME          device to assume: h100 (default), h200, a100, b200
+  --gpu NAME          plan for this GPU: h100, h200, a100, b200 (default: what the run would have here)
   --gpu-memory GIB    its memory (default: that of the device)
   --mfu X             share of its peak that arithmetic reaches (default 0.4)
 """
@@ -37,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if arguments and arguments[0] in CONFIG_COMMANDS:
             _config_command(arguments[0], arguments[1:])
+        elif not arguments:
+            _parser().print_help(sys.stderr)
+            raise SystemExit(2)
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
@@ -46,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever reads, as in `| head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and missing_package(error):
+            exit_with(ValueError(missing_package(error)))
         if isinstance(error, ConfigError) or _is_user_error(error):
             exit_with(_readable(error))
         raise
@@ -69,7 +97,11 @@ def _readable(error: Exception) -> Exception:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="newcompute", description="Pretrain and evaluate language models on simulated hardware."
+        prog="newcompute",
+        description="Pretrain and evaluate language models on simulated hardware.",
+        epilog="`newcompute COMMAND --help` shows a command's options and an example.\n\nTraining itself:\n"
+        "  launch/local.sh 2 --config configs/quickstart.toml\n  python train/main.py --help       its settings",
+        formatter_class=partial(argparse.RawTextHelpFormatter, max_help_position=15),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in CONFIG_COMMANDS.items():
@@ -80,7 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     add_parsers(commands)
     _trace_parser(commands)
     _rows_parser(commands)
+    _add_examples(commands)
     return parser
+
+
+def _add_examples(commands: Any) -> None:
+    """Give each command's own page what it does and its example, and the list of commands both."""
+    for entry in commands._get_subactions():
+        parser, example = commands.choices[entry.dest], EXAMPLES[entry.dest]
+        parser.description, parser.epilog = entry.help, f"example:\n{textwrap.indent(example, '  ')}"
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        entry.help = f"{textwrap.fill(entry.help, 64)}\n{textwrap.indent(example, '  ')}"
 
 
 def _status_parser(commands: Any) -> None:
@@ -147,12 +189,11 @@ def _rows_parser(commands: Any) -> None:
 
 def _config_command(command: str, arguments: list[str]) -> None:
     """`plan` and `prepare` take the same files and flags as a training run."""
-    extra = {"plan": PLAN_OPTIONS}
-    if "--help" in arguments or "-h" in arguments:
-        print(
-            f"newcompute {command}: {CONFIG_COMMANDS[command]}\n\n  --config FILE.toml (repeatable)\n{extra.get(command, '')}"
-        )
-        print(help_text())
+    topic = asked_for_help(arguments)
+    if topic is not None:
+        own_options = f"\n\n{PLAN_OPTIONS}" if command == "plan" else ""
+        about = f"newcompute {command}: {CONFIG_COMMANDS[command]}{own_options}"
+        print(help_page(f"newcompute {command}", about, topic, EXAMPLES[command]))
         return
     if command == "plan":
         from train.plan import OPTIONS, print_plan
@@ -162,6 +203,7 @@ def _config_command(command: str, arguments: list[str]) -> None:
         return
     files, _, flags = split_arguments(arguments)
     config = load_config(files, flags)
+    quiet_libraries()
     from train.prepare import prepare
 
     if not prepare(config):

@@ -89,7 +89,7 @@ fi
 # What comes next: docs/cluster.md has the table of exit codes.
 record=slurm-$SLURM_JOB_ID.requeues  # one line per requeue, with its reason
 case $code in
-  0 | 2 | 3 | 4) exit "$code" ;;  # finished, or a restart would end the same way
+  0 | 2 | 3 | 4 | 130) exit "$code" ;;  # finished, a restart would end the same way, or stopped by hand
   75) reason=preempted ;;
   *)
     reason="failed with exit code $code"

@@ -93,6 +93,8 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "SIGKILL": send(signal.SIGKILL),
     "SIGTERM": send(signal.SIGTERM),
     "SIGUSR1": send(signal.SIGUSR1),
+    "SIGINT": send(signal.SIGINT),
+    "SIGINT twice": send(signal.SIGINT, signal.SIGINT),
     "SIGTERM twice": send(signal.SIGTERM, signal.SIGTERM),
     "SIGUSR1 and SIGTERM": send(signal.SIGUSR1, signal.SIGTERM),
     "SIGSTOP": send(signal.SIGSTOP),

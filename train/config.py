@@ -410,13 +410,26 @@ class Config(Section):
         return self.training.global_batch_size * self.training.sequence_length
 
 
+def model_title(model: ModelConfig) -> str:
+    """Family and size of a model in words, and what its shape departs in from that size."""
+    if model.init_from:
+        return f"{model.name} {model.init_from}"
+    departs = ", ".join(key for key, value in model.shape.model_dump().items() if value is not None)
+    size = model.size or f"{_default_size(model)} (the default size)"
+    return f"{model.name} {size}, custom shape ({departs})" if departs else f"{model.name} {size}"
+
+
+def _default_size(model: ModelConfig) -> str:
+    return "debug" if model.name == "clm" else "8B"
+
+
 def named_shape(model: ModelConfig, vocab_size: int | None = None) -> LlamaShape:
     """The shape a `[model]` section names, with its overrides and the tokenizer's vocabulary. Not for `init_from`.
 
     Raises:
         ValueError: the size is not one of the family's, or the overrides do not fit together.
     """
-    size = model.size or ("debug" if model.name == "clm" else "8B")
+    size = model.size or _default_size(model)
     if size not in SIZES[model.name]:
         raise ValueError(
             f'model.size = "{size}" is not a size of {model.name}; choose from {", ".join(SIZES[model.name])}'

@@ -9,19 +9,18 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import tomli
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
-from train.config_merge import ARRAYS, ConfigError, Problem, Sources, show
+from train.config_merge import ARRAYS, ConfigError, Problem, Sources
 from train.redaction import redact
 from transforms.specs import KINDS, BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
@@ -290,34 +289,6 @@ def _suggest_transform(key: str) -> str:
 def to_toml(config: Config) -> str:
     """The resolved configuration, defaults included; loading it gives an equal one."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def help_text() -> str:
-    """Every flag with its type, default and meaning, by section."""
-    lines: list[str] = []
-    section = ""
-    for key, info in schema_keys():
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            lines.append(f"\n[{section}]")
-        default = "" if info.default is None else f" (default {show(info.default)})"
-        lines.append(f"  --{key} {_type_name(info.annotation)}{default}\n      {(info.description or '').strip()}")
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if origin is typing.Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
-    if origin is list:
-        return "ARRAY"
-    return {"int": "N", "float": "X", "str": "TEXT", "bool": "true|false"}.get(
-        getattr(annotation, "__name__", ""), "VALUE"
-    )
 
 
 def split_arguments(arguments: Sequence[str], known: Sequence[str] = ()) -> tuple[list[str], dict[str, str], list[str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import SourceConfig
+from train.local_paths import nothing_at
 from train.text_files import DataError as DataError
 from train.text_files import Intake, ending, no_field, read_texts
 
@@ -131,7 +132,7 @@ def _matches(patterns: list[str], key: str) -> list[Path]:
         matches = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
         matches = [path for path in matches if path.is_file()]
         if not matches:
-            raise DataError(f"data.{key}: no file matches {pattern!r} (seen from {os.getcwd()})")
+            raise DataError(f"data.{key}: {nothing_at(pattern)}")
         found.update(dict.fromkeys(matches))
     for path in found:
         if not ending(path):

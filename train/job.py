@@ -19,15 +19,16 @@ from parallel.apply import compute_dtype
 from parallel.degrees import resolve_degrees
 from parallel.float8_layers import choices
 from train.checkpoint import CheckpointError, find_checkpoint
-from train.config import Config, named_shape
+from train.config import Config, model_title, named_shape
 from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError
-from train.corpus import DataError
+from train.corpus import DataError, input_files
 from train.data import TOO_LITTLE_HELD_OUT, PreparedData, TrainingData, mixture_warnings, open_data
 from train.distillation import Teacher, find_teacher
 from train.faults import is_broken_exchange
+from train.local_paths import refuse_missing
 from train.metrics import Recorder
-from train.outcome import EXIT_CHECKPOINT, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
+from train.outcome import EXIT_CHECKPOINT, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, EXIT_SETUP
 from train.preemption import Preempted, Signals
 from train.prepare import prepare, run_tokenizer
 from train.redaction import redact
@@ -40,11 +41,11 @@ from transforms.apply import table
 
 
 class JobError(Exception):
-    """The job cannot start or go on; `code` is the exit code."""
+    """The job cannot start or go on; `code` is the exit code, and `of_peer` whether another process has brought it about."""
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int, of_peer: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.of_peer = code, of_peer
 
 
 def run_job(config: Config) -> None:
@@ -52,8 +53,8 @@ def run_job(config: Config) -> None:
 
     Raises:
         JobError: with the exit code 1 (another process, a disk or the network failed), 2 (cannot start), 3 (non-finite),
-            4 (checkpoint could not be saved or loaded), 5 (an exchange with the other processes timed out) or 75 (asked to
-            stop; the same command goes on).
+            4 (checkpoint could not be saved or loaded), 5 (an exchange with the other processes timed out), or 75 or 130 (asked
+            to stop, or interrupted with Ctrl-C; the same command goes on).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = RunFolder.of(config)
@@ -86,14 +87,15 @@ def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | Non
     try:
         yield
     except Preempted as stop:
-        raise JobError(
-            str(stop) or "asked to stop before the first step; start the same command again", EXIT_PREEMPTED
-        ) from stop
+        asked = "interrupted" if stop.code == EXIT_INTERRUPTED else "asked to stop"
+        message = str(stop) or f"{asked} before the first step: nothing to save; start the same command again"
+        raise JobError(message, stop.code) from stop
     except NonFinite as error:
         raise JobError(str(error), EXIT_NON_FINITE) from error
     except CheckpointError as error:
         # Where a peer died during the save, starting again helps: not an error of the checkpoint.
-        raise JobError(str(error), EXIT_OTHER if _peer_ended(error) else checkpoint_code) from error
+        of_peer = _peer_ended(error)
+        raise JobError(str(error), EXIT_OTHER if of_peer else checkpoint_code, of_peer) from error
     except (ConfigError, DataError, RunFolderError, ValueError) as error:
         raise JobError(str(error), EXIT_SETUP) from error
     except OSError as error:
@@ -104,7 +106,7 @@ def _explained(folder: RunFolder, checkpoint_code: int, watchdog: Watchdog | Non
     except RuntimeError as error:
         if is_broken_exchange(error):
             said = watchdog.explain(error) if watchdog else ("another process of this run has ended", EXIT_OTHER)
-            raise JobError(*said) from error
+            raise JobError(*said, of_peer=True) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise JobError(
@@ -152,7 +154,12 @@ def _check_data(config: Config) -> None:
     if [source.source for source in config.data.all_sources] == ["embedded"]:
         prepare(config)  # seconds, and the first run needs no other command
     tokenizer = run_tokenizer(config)
-    _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+    try:
+        _, held_out = open_data(config, tokenizer, tokenizer.vocab_size)
+    except DataError:
+        for source in config.data.all_sources:
+            input_files(source)  # where the text itself is not there, that is what to say
+        raise
     if config.validation.interval and held_out is not None and held_out.count < 1:
         raise DataError(TOO_LITTLE_HELD_OUT)
 
@@ -204,8 +211,10 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
         if trainer.step >= trainer.last_step:
             recorder.say(f"step {trainer.step} is not before the last one, {trainer.last_step}: nothing to do")
         if not trainer.run(recorder):
-            recorder.event(trainer.step, "preempted", "asked to stop")
-            raise Preempted(_after_stop(trainer))
+            by_hand = trainer.agreement.interrupted
+            kind, asked = ("interrupted", "interrupted with Ctrl-C") if by_hand else ("preempted", "asked to stop")
+            recorder.event(trainer.step, kind, asked)
+            raise Preempted(_after_stop(trainer, asked), EXIT_INTERRUPTED if by_hand else EXIT_PREEMPTED)
         recorder.say(f"finished step {trainer.step} of {trainer.total_steps}: {folder.path}")
     finally:
         recorder.close()
@@ -215,13 +224,14 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     return None if config.data.all_sources[0].source == "random" else run_tokenizer(config)
 
 
-def _after_stop(trainer: Trainer) -> str:
-    """What a run that was asked to stop leaves behind."""
+def _after_stop(trainer: Trainer, asked: str) -> str:
+    """What a run that was asked to stop leaves behind, and how it goes on."""
+    checkpoints = trainer.checkpoints
     if not trainer.config.checkpoint.interval:
-        return f"asked to stop after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
-    if trainer.checkpoints.last_saved != trainer.step or not trainer.step:
-        return "asked to stop before the first step; start the same command again"
-    return f"asked to stop: step {trainer.step} is saved, and the same command goes on from there"
+        return f"{asked} after step {trainer.step}; nothing is saved, since checkpoint.interval is 0"
+    if checkpoints.last_saved != trainer.step or not trainer.step:
+        return f"{asked} before the first step: nothing to save; start the same command again"
+    return f"{asked}: step {trainer.step} is saved in {checkpoints.folder}, and the same command goes on from there"
 
 
 def _training_data(config: Config, mesh: meshes.Mesh, tokenizer: Tokenizer | None, shape: LlamaShape) -> TrainingData:
@@ -265,6 +275,7 @@ def hf_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    refuse_missing(name)
     from huggingface_hub import snapshot_download
 
     try:
@@ -301,7 +312,7 @@ def _headline(config: Config, shape: LlamaShape, mesh: meshes.Mesh, trainer: Tra
     precision = f"{config.precision.compute}" if config.precision.compute != "auto" else "automatic precision"
     return (
         f"{redact(' '.join(sys.argv))}\n"
-        f"{config.model.name} {config.model.size or config.model.init_from or 'default size'}: "
+        f"{model_title(config.model)}: "
         f"{num_parameters(shape):,} parameters, {mesh.world_size} x {mesh.device.type} "
         f"({degrees}), {precision}\n"
         f"{trainer.total_steps:,} steps of {config.tokens_per_step:,} tokens "

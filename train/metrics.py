@@ -45,19 +45,28 @@ class Throughput:
         """Begin an interval, after work that is no training (validation, saving)."""
         self._time, self._step, self._waited = time.perf_counter(), step, waited
 
+    def seconds(self) -> float:
+        """Since the interval began."""
+        return time.perf_counter() - self._time
+
     def read(self, step: int, waited: float) -> dict[str, Any]:
-        """Figures of the steps since the last reading; `waited` is the total time spent waiting for data."""
+        """Figures of the steps since the last reading; `waited` is the total time spent waiting for data.
+
+        Without a step since then, as after a first step that compiled, there are no rates.
+        """
         now = time.perf_counter()
         elapsed, steps = max(now - self._time, 1e-9), step - self._step
-        rate = steps * self.tokens_per_step / elapsed
-        per_device = rate / self.world_size
-        figures = {
-            "tokens_per_second": round(rate, 1),
-            "tokens_per_second_per_device": round(per_device, 1),
-            "mfu": round(per_device * self.flops_per_token / self.peak, 4) if self.peak else None,
-            "data_wait": round((waited - self._waited) / elapsed, 4),
-            "memory_gib": round(self._memory(), 3),
-        }
+        figures: dict[str, Any] = dict.fromkeys(
+            ("tokens_per_second", "tokens_per_second_per_device", "mfu", "data_wait")
+        )
+        figures["memory_gib"] = round(self._memory(), 3)
+        if steps > 0:
+            rate = steps * self.tokens_per_step / elapsed
+            per_device = rate / self.world_size
+            figures["tokens_per_second"] = round(rate, 1)
+            figures["tokens_per_second_per_device"] = round(per_device, 1)
+            figures["mfu"] = round(per_device * self.flops_per_token / self.peak, 4) if self.peak else None
+            figures["data_wait"] = round((waited - self._waited) / elapsed, 4)
         self._time, self._step, self._waited = now, step, waited
         return figures
 
@@ -164,7 +173,8 @@ class _Screen:
             return
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         bits = f"  bpb {row['bits_per_byte']:.3f}" if row.get("bits_per_byte") is not None else ""
-        speed = f"{row['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
+        rate = row["tokens_per_second_per_device"]
+        speed = "compiled" if rate is None else f"{rate:,.0f} tok/s/device{mfu}"
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=row["step"], description=f"loss {row['loss']:.3f}{bits}  {speed}"

@@ -5,6 +5,9 @@ Memory is counted in train/plan_memory.py, time estimated in train/plan_time.py,
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,10 +21,11 @@ from models.sizes import (
 )
 from parallel.degrees import resolve_degrees
 from parallel.float8_layers import choices
-from train.config import Config, named_shape, total_steps
+from train.config import Config, model_title, named_shape, total_steps
 from train.config_rules import layout_problems, length_problems
 from train.config_sources import ConfigError, Problem, load_config
 from train.corpus import DataError
+from train.plan_device import GPU_OPTIONS, choose_device, gpu_here, host_memory, placed
 from train.plan_memory import GIB, MemoryPlan, block_bytes, plan_memory
 from train.plan_search import USABLE, Candidate, least_memory, smallest_world, suggest
 from train.plan_setup import Setup
@@ -39,7 +43,7 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
     """
     world_size = _number(options, "--world-size", NODE if suggesting else 1, int)
     mfu = _number(options, "--mfu", ASSUMED_MFU, float)
-    gpu = _gpu(options)
+    asked = _gpu(options)
     config = load_config(files, flags, None if suggesting else world_size)
     shape, vocabulary_note = _shape(config)
     problems = list(length_problems(config, shape))
@@ -47,16 +51,41 @@ def print_plan(files: Sequence[str], flags: Sequence[str], options: dict[str, st
         problems += layout_problems(config, shape, resolve_degrees(config, world_size))
     if problems:
         raise ConfigError(problems)
+    _show([f"config       {_sources(files, flags)}"])
     if suggesting:
-        print("\n".join(suggestion_lines(config, shape, world_size, gpu, mfu)))
-    else:
-        print("\n".join(plan_lines(config, shape, vocabulary_note, world_size, mfu, gpu)))
+        _show(suggestion_lines(config, shape, world_size, asked or GPUS["h100"], mfu))
+        return
+    flops = (
+        total_steps(config, shape) * config.tokens_per_step * flops_per_token(shape, config.training.sequence_length)
+    )
+    device = choose_device(config, world_size, flops, asked, "" if asked else gpu_here())
+    lines = plan_lines(placed(config, device), shape, vocabulary_note, world_size, mfu, device.gpu)
+    _show([f"device       {device.reason}", *lines])
+
+
+def _show(lines: Sequence[str]) -> None:
+    """Print lines, those that a terminal is too narrow for in several, indented as the plan's text is."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    for line in lines:
+        if not width or len(line) <= width:
+            print(line)
+            continue
+        indent = " " * max(13, len(line) - len(line.lstrip()))
+        print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
+def _sources(files: Sequence[str], flags: Sequence[str]) -> str:
+    given = sum(flag.startswith("--") for flag in flags)
+    flagged = f"{given} {'flag' if given == 1 else 'flags'}" if given else ""
+    if files:
+        return " and ".join([", ".join(files), *filter(None, [flagged])])
+    return f"none given (--config FILE.toml): the defaults{f', with {flagged}' if flagged else ''}"
 
 
 def plan_lines(
-    config: Config, shape: LlamaShape, vocabulary_note: str, world_size: int, mfu: float, gpu: Gpu = GPUS["h100"]
+    config: Config, shape: LlamaShape, vocabulary_note: str, world_size: int, mfu: float, gpu: Gpu | None = GPUS["h100"]
 ) -> list[str]:
-    """The plan as lines of text."""
+    """The plan as lines of text; without a `gpu`, of processes that share a CPU, for which no times are estimated."""
     training = config.training
     degrees = resolve_degrees(config, world_size)
     steps, tokens_per_step = total_steps(config, shape), config.tokens_per_step
@@ -64,10 +93,11 @@ def plan_lines(
     flops = flops_per_token(shape, training.sequence_length)
     transform_lines, trained = _transforms(config, shape)
     setup = Setup.of(config, shape, degrees, trained)
-    memory, time = plan_memory(setup), plan_time(setup, gpu, mfu)
+    memory = plan_memory(setup)
+    times = _no_time_lines() if gpu is None else _time_lines(setup, plan_time(setup, gpu, mfu), gpu, mfu, steps)
     return [
         f"run          {config.run.dir}/{config.run.name}",
-        f"model        {config.model.name} {config.model.size or config.model.init_from or 'default size'}: dim {shape.dim}, "
+        f"model        {model_title(config.model)}: dim {shape.dim}, "
         f"{shape.num_layers} layers, {shape.num_heads} heads, {shape.num_kv_heads} KV heads, FFN {shape.ffn_dim}",
         f"vocabulary   {shape.vocab_size:,}{vocabulary_note}",
         f"parameters   {num_parameters(shape):,}; without input embedding {counted:,}",
@@ -83,7 +113,7 @@ def plan_lines(
         *_robust_lines(config),
         *_memory_lines(setup, memory, gpu),
         *_checkpointing_lines(setup, gpu, mfu),
-        *_time_lines(setup, time, gpu, mfu, steps),
+        *times,
     ]
 
 
@@ -104,32 +134,36 @@ def _robust_lines(config: Config) -> Iterator[str]:
         yield f"distillation from {distillation.teacher}; its memory and time are not counted below"
 
 
-def _float8_lines(config: Config, shape: LlamaShape, setup: Setup, gpu: Gpu) -> Iterator[str]:
+def _float8_lines(config: Config, shape: LlamaShape, setup: Setup, gpu: Gpu | None) -> Iterator[str]:
     recipe = config.float8.recipe
     if recipe == "none":
         return
     plans = list(choices(shape, config.float8, setup.degrees.tensor))
     taken = [choice.name for choice in plans if not choice.reason]
-    share = plan_time(setup, replace(gpu, has_float8=True), 1.0).float8_share
+    share = plan_time(setup, GPUS["h100"], 1.0).float8_share
     yield f"float8       {recipe}, {share:.0%} of the FLOPs: {', '.join(taken) if taken else 'no layer'}"
     for choice in plans:
         if choice.reason:
             yield f"{'':12} not {choice.name} ({choice.out_features} x {choice.in_features}): {choice.reason}"
     yield f"{'':12} not lm_head: its errors go straight into the loss"
-    if not gpu.has_float8:
-        yield f"{'':12} an {gpu.name} has no float8 products: they would be emulated, and slower"
+    if gpu is None or not gpu.has_float8:
+        yield f"{'':12} {'a CPU' if gpu is None else f'an {gpu.name}'} has no float8 products: they would be emulated, and slower"
 
 
-def _memory_lines(setup: Setup, memory: MemoryPlan, gpu: Gpu) -> Iterator[str]:
+def _memory_lines(setup: Setup, memory: MemoryPlan, gpu: Gpu | None) -> Iterator[str]:
     width = "bfloat16" if setup.compute_bytes == 2 else "float32"
     where = ""
     if setup.degrees.pipeline > 1:
         where = f" on the fullest device of the pipeline ({memory.rank + 1} of {setup.degrees.pipeline})"
-    fits = "fits" if memory.total <= USABLE * gpu.memory_gib * GIB else "DOES NOT FIT"
-    yield (
-        f"memory       {_size(memory.total).strip()} per device{where} (estimate); {fits} {gpu.memory_gib:g} GiB with "
-        f"{1 - USABLE:.0%} to spare; of which"
-    )
+    if gpu is not None:
+        fits = "fits" if memory.total <= USABLE * gpu.memory_gib * GIB else "DOES NOT FIT"
+        room = f"{fits} {gpu.memory_gib:g} GiB with {1 - USABLE:.0%} to spare"
+    else:
+        everything = memory.total * setup.world_size
+        room = f"{_size(everything).strip()} for all; this machine has {host_memory() / GIB:.1f} GiB"
+        room += "" if everything <= USABLE * host_memory() else ", TOO LITTLE"
+    per = "process" if gpu is None else "device"
+    yield f"memory       {_size(memory.total).strip()} per {per}{where} (estimate); {room}; of which"
     parts = [
         ("parameters, float32", memory.parameters),
         ("gradients, float32", memory.gradients),
@@ -164,20 +198,28 @@ def _logit_label(setup: Setup) -> str:
     return label
 
 
-def _checkpointing_lines(setup: Setup, gpu: Gpu, mfu: float) -> Iterator[str]:
+def _checkpointing_lines(setup: Setup, gpu: Gpu | None, mfu: float) -> Iterator[str]:
     """What each mode would keep and compute again."""
-    yield "blocks keep  per token and block    per device    computed again    memory      step (estimates; * is chosen)"
+    per = "per process" if gpu is None else "per device"
+    step = "" if gpu is None else f"  {'step':>9}"
+    yield f"{'blocks keep':16}{'per token':>13}  {per:>12}  {'repeated':>8}  {'memory':>12}{step}"
     for mode in ("none", "selective", "full", "budget"):
         if mode == "budget" and setup.mode != mode:
             continue  # any share between full and none
         other = replace(setup, mode=mode)
-        memory, time = plan_memory(other), plan_time(other, gpu, mfu)
+        memory = plan_memory(other)
         kept = block_bytes(other, mode) / (setup.tokens * 1024)
         name = f"budget {setup.budget:g}" if mode == "budget" else mode
+        seconds = "" if gpu is None else f"  {plan_time(other, gpu, mfu).total:>7.3g} s"
         yield (
-            f"           {'*' if mode == setup.mode else ' '} {name:12} {kept:8.1f} KiB  {_size(memory.activations)}  "
-            f"{extra_share(other, mode):8.1%} of FLOPs  {_size(memory.total)}  {time.total:.3g} s"
+            f"  {'*' if mode == setup.mode else ' '} {name:12}{kept:9.1f} KiB  {_size(memory.activations)}  "
+            f"{extra_share(other, mode):8.1%}  {_size(memory.total)}{seconds}"
         )
+    yield f"{'':12} (estimates; * is chosen; per token and block; repeated: share of the model's FLOPs computed again)"
+
+
+def _no_time_lines() -> Iterator[str]:
+    yield "time         not estimated on a CPU: a run's log shows its tokens/s and the time left (--gpu h100 estimates a GPU's)"
 
 
 def _time_lines(setup: Setup, time: TimePlan, gpu: Gpu, mfu: float, steps: int) -> Iterator[str]:
@@ -278,12 +320,13 @@ def _nothing_fits(
     return lines
 
 
-def _gpu(options: dict[str, str]) -> Gpu:
+def _gpu(options: dict[str, str]) -> Gpu | None:
     name = options.get("--gpu", "h100").lower()
     if name not in GPUS:
         raise ConfigError([Problem(f"expected one of {', '.join(GPUS)}", origin=f"--gpu {name}")])
-    gpu = GPUS[name]
-    return replace(gpu, memory_gib=_number(options, "--gpu-memory", gpu.memory_gib, float))
+    memory_gib = _number(options, "--gpu-memory", GPUS[name].memory_gib, float)
+    given = any(option in options for option in GPU_OPTIONS)
+    return replace(GPUS[name], memory_gib=memory_gib) if given else None
 
 
 def _transforms(config: Config, shape: LlamaShape) -> tuple[list[str], int | None]:
@@ -353,4 +396,4 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    return f"{seconds:.3g} seconds"

@@ -21,6 +21,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from train.local_paths import refuse_missing
+
 # Llama 3's splitting rule (Meta's released tokenizer): contractions, words, up to three digits, punctuation, spaces.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -307,6 +309,7 @@ def _local_or_hub(path: str) -> Path:
         return local
     if local.is_file():
         return local.parent
+    refuse_missing(path)
     from huggingface_hub import snapshot_download
 
     try:

@@ -209,13 +209,15 @@ class Trainer:
         )
         gc.disable()  # a collection in the middle of a step stalls every rank for up to half a second
         try:
-            if self.agreement.ask(stop=self.asked_to_stop)["stop"]:
+            if self.agreement.ask(**self.requests())["stop"]:
                 return False
-            stop = False
+            self.signals.can_save, stop = True, False
             if self.mesh.broadcast_object(self.validation_is_missing()):
                 stop = not self.validate(recorder)
             self.throughput.restart(self.step, 0.0)
-            first = self.step + 1
+            first, compiles = self.step + 1, config.compile.enabled and self.step < self.last_step
+            if compiles:
+                recorder.say("compiling: the first step takes as long as that does, and is outside the rates below")
             profiler.start()
             self.beat("data", self.step + 1)
             for rows in batches:
@@ -227,6 +229,8 @@ class Trainer:
                 self.step += 1
                 if self.step == first and config.checkpoint.interval:
                     self.checkpoints.make_host_copy()
+                if self.step == first and compiles:
+                    self.begin_rates(recorder)
                 agreed = self.agreement.finish()
                 stop, final = agreed["stop"], self.step == self.last_step
 
@@ -253,9 +257,16 @@ class Trainer:
             batches.close()
         return not stop
 
-    @property
-    def asked_to_stop(self) -> bool:
-        return self.signals.received is not None
+    def begin_rates(self, recorder: Recorder) -> None:
+        """After the step that compiled: wait for the device this once, and count time from here."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+        recorder.say(f"compiled: the first step took {self.throughput.seconds():.0f} s")
+        self.throughput.restart(self.step, self.batches.waited)
+
+    def requests(self) -> dict[str, bool]:
+        """What this process was asked for, as flags of an agreement."""
+        return {"stop": self.signals.received is not None, "interrupted": self.signals.interrupted}
 
     def _due_to_log(self, step: int) -> bool:
         return step == self.last_step or step % self.config.metrics.log_interval == 0
@@ -284,7 +295,7 @@ class Trainer:
 
         if not self.gradients_checked:
             self.check_gradients()
-        self.agreement.begin(stop=self.asked_to_stop, saving=self.checkpoints.busy)
+        self.agreement.begin(**self.requests(), saving=self.checkpoints.busy)
         norm = gradients.clip(self.parameters(), self.config.training.max_grad_norm, self.mesh.device)
         self.beat("optimizer", self.step + 1)
         self.checkpoints.wait_copied()
@@ -488,7 +499,7 @@ class Trainer:
             else:
                 totals[0] += self.loss_sum(batch, places[0])
             totals[1] += (batch.targets != IGNORE).sum()
-            stop = self.agreement.ask(stop=self.asked_to_stop)["stop"]
+            stop = self.agreement.ask(**self.requests())["stop"]
             if stop:
                 break
         if self.noise is not None:

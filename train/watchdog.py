@@ -29,11 +29,10 @@ import torch.distributed as dist
 
 from train.config import FaultsConfig
 from train.faults import DONE, ENDED, HURT, RUNS, Report, diagnose, look, stamp_now, this_process
+from train.outcome import EXIT_HANG, EXIT_INTERRUPTED, EXIT_PREEMPTED, tell_torchrun, wait_for_torchrun
 
 HANG = "hang"
 EXIT_ENDED = 1
-EXIT_HANG = 5
-EXIT_PREEMPTED = 75
 QUICK = 0.1
 """Seconds between two turns once there is an alarm."""
 PATIENCE = 5.0
@@ -199,11 +198,11 @@ class Watchdog:
     ) -> None:
         self._leaving.set()
         self._stop.set()
-        asked_to_stop = not isinstance(error, Exception) or getattr(error, "code", None) == EXIT_PREEMPTED
-        if isinstance(error, KeyboardInterrupt):  # Ctrl-C meets every process as a rule: none waits for the others
-            self._update()
-            self.mine.message, self.mine.state = "interrupted", ENDED
-        elif error is None or asked_to_stop:
+        asked_to_stop = not isinstance(error, Exception) or getattr(error, "code", None) in (
+            EXIT_PREEMPTED,
+            EXIT_INTERRUPTED,
+        )
+        if error is None or asked_to_stop:
             self.mine.state = DONE
         elif self.mine.state != HURT:
             self._announce(error)
@@ -287,14 +286,18 @@ class Watchdog:
         if alarm["kind"] != HANG and self._leaving.wait(self.patience):
             return  # the failed exchange has reached the main thread, which ends by itself
         line = self._conclude(stamp)
-        if not self._told:
-            print(f"watchdog of rank {self.rank}: {line}", file=sys.stderr)
+        line = f"watchdog of rank {self.rank}: {line}"
+        hangs = alarm["kind"] == HANG
+        if not self._told and not (hangs and tell_torchrun(line)):
+            print(line, file=sys.stderr)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
         if self.world_size > 1 and self.rank == 0 and not _agent_has_store():
             time.sleep(5 * QUICK)  # as in __exit__
-        os._exit(EXIT_HANG if alarm["kind"] == HANG else EXIT_ENDED)
+        if not hangs:
+            wait_for_torchrun()
+        os._exit(EXIT_HANG if hangs else EXIT_ENDED)
 
     # What both threads do
 

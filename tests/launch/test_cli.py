@@ -2,27 +2,79 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from support import ROOT, fork_python, run_python, tiny_flags
 
-from launch.cli import main
+from launch.cli import EXAMPLES, _parser, main
+from train.config_sources import load_config, split_arguments
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["train/main.py", "--help"], ["-m", "launch.cli", "--help"], ["-m", "launch.cli", "plan", "--help"],
-     ["-m", "launch.cli", "eval", "--help"]],
+     ["-m", "launch.cli", "prepare", "--help", "transforms.optical"], ["-m", "launch.cli", "eval", "--help"]],
 )  # fmt: skip
 def test_help_does_not_import_torch(arguments):
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "help" in done.stdout.lower() or "--config" in done.stdout
+    assert done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pydantic" in imported or "argparse" in imported
     assert not imported & {"torch", "transformers", "datasets", "lm_eval", "numpy"}
+
+
+def test_every_command_has_a_line_and_an_example(capsys):
+    for arguments in (["--help"], *([name, "--help"] for name in EXAMPLES)):
+        with pytest.raises(SystemExit) if arguments[0] not in ("plan", "prepare") else nullcontext():
+            main(arguments)
+        out = capsys.readouterr().out
+        names = EXAMPLES if arguments == ["--help"] else arguments[:1]
+        assert all(EXAMPLES[name].splitlines()[0] in out for name in names), arguments
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "newcompute COMMAND --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_command_lines_that_parse(name):
+    words = shlex.split(EXAMPLES[name].replace("\\\n", " "))
+    assert words[:2] == ["newcompute", name]
+    if name in ("plan", "prepare"):
+        files, _, flags = split_arguments(words[2:], ["--world-size", "--gpu"])
+        load_config([str(ROOT / file) for file in files], flags)
+    else:
+        _parser().parse_args(words[1:])
+    assert all((ROOT / word).exists() for word in words if word.startswith("configs/"))
+
+
+def test_a_missing_package_says_how_to_install():
+    """`-S` leaves out site-packages: what a system's Python without the packages sees."""
+    for script in ("train/main.py", "launch/cli.py", "launch/elastic.py"):
+        done = subprocess.run([sys.executable, "-S", script, "status"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "is not installed" in done.stderr
+        assert "make setup" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_local_sh_keeps_the_folder_it_is_called_from(tmp_path):
+    (tmp_path / "mine.toml").write_text("[training]\nstepz = 3\n")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [str(ROOT / "launch" / "local.sh"), "1", "--config", "mine.toml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "mine.toml: training.stepz = 3" in done.stderr
+    for wrong in ([], ["--config", "mine.toml"], ["0"]):
+        done = subprocess.run([command[0], *wrong], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr[:6]) == (2, "usage:")
 
 
 def test_plan_shows_the_published_arithmetic(capsys):
@@ -38,10 +90,55 @@ GPUS_OF = {"llama3_70b": 64, "llama3_405b": 512}
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_plans_and_fits(config, capsys):
-    main(["plan", "--config", str(config), "--world-size", str(GPUS_OF.get(config.stem, 8))])
+    main(["plan", "--config", str(config), "--world-size", str(GPUS_OF.get(config.stem, 8)), "--gpu", "h100"])
     out = capsys.readouterr().out
     assert "iB per device" in out
     assert "(estimate); fits 80 GiB" in out
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--config", str(ROOT / "configs" / "quickstart.toml"), "--world-size", "2"], ["--run.device", "cpu"]]
+)
+def test_a_plan_for_a_cpu_speaks_of_no_gpu(flags, capsys, monkeypatch):
+    monkeypatch.setattr("train.plan.gpu_here", lambda: "")
+    main(["plan", *flags])
+    out = capsys.readouterr().out
+    assert "device       CPU" in out
+    assert "this machine has" in out
+    assert "not estimated on a CPU" in out
+    assert "float32" in out
+    for word in ("NVLink", "80 GiB", "0.0 seconds", "tokens/s/GPU", "MFU", "TFLOP"):
+        assert word not in out, word
+    assert ("none given" in out) == ("--config" not in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "here", "device"),
+    [
+        (["--gpu", "a100"], "", "one A100, as the options say"),
+        (["--mfu", "0.3"], "", "one H100, as the options say"),
+        ([], "NVIDIA H200", "one H200: this machine has an NVIDIA H200"),
+        (
+            [],
+            "NVIDIA GeForce RTX 4090",
+            "assumed: one H100; there are no figures of this machine's NVIDIA GeForce RTX 4090",
+        ),
+        (["--model.name", "llama3"], "", "assumed: one H100; there is no GPU here, and 9."),
+        (["--run.device", "cpu"], "NVIDIA H200", 'CPU (run.device = "cpu"'),
+        (["--run.device", "cuda"], "", "assumed: one H100; there is no GPU here"),
+    ],
+)
+def test_a_plan_says_which_device_it_is_for(flags, here, device, capsys, monkeypatch):
+    monkeypatch.setattr("train.plan.gpu_here", lambda: here)
+    main(["plan", "--data.source", "random", *flags])
+    out = capsys.readouterr().out
+    assert f"device       {device}" in out
+    assert ("not estimated on a CPU" in out) == device.startswith("CPU")
+
+
+def test_a_plan_says_what_shape_it_is(capsys):
+    main(["plan", "--data.source", "random", "--model.size", "60M", "--model.shape.dim", "768", "--gpu", "h100"])
+    assert "model        clm 60M, custom shape (dim): dim 768, 22 layers" in capsys.readouterr().out
 
 
 def test_a_plan_with_assumptions_of_its_own(capsys):
@@ -94,7 +191,11 @@ BAD_INPUTS = {
     ),
     "no such step": (["--checkpoint.resume", "7"], "checkpoint.resume = 7: there is no such step"),
     "no GPU": (["--run.device", "cuda"], 'run.device = "cuda", but PyTorch sees no CUDA GPU here'),
-    "missing text": (["--data.paths", '["no/such/*.txt"]'], "run `newcompute prepare` first"),
+    "missing text": (["--data.paths", '["no/such/*.txt"]'], "data.paths: no such folder: no/such (seen from"),
+    "missing tokenizer": (
+        ["--tokenizer.kind", "hf", "--tokenizer.path", "./tok"],
+        "tokenizer: no such folder: tok (seen from",
+    ),
     "no tokenizer file": (
         ["--tokenizer.kind", "tiktoken", "--tokenizer.path", "no/tokenizer.model"],
         "cannot read the tiktoken file no/tokenizer.model",
@@ -117,6 +218,9 @@ def test_two_processes_say_it_once(tmp_path, text_corpus):
     done = run_python("train/main.py", *flags, processes=2, check=False)
     assert done.returncode != 0
     assert done.stderr.count("not a multiple of 2 data-parallel processes; the nearest that is: 8") == 1
+    last = [line for line in done.stderr.splitlines() if line.strip("= ")][-1]
+    assert "not a multiple of 2 data-parallel processes" in last, "torchrun's table ends with our message"
+    assert "exitcode  : 75" not in done.stderr
 
 
 def test_empty_text_file_is_named(tmp_path, capsys):
@@ -139,6 +243,7 @@ def test_empty_text_file_is_named(tmp_path, capsys):
             ["plan", "--model.init_from", "hf:{inputs}/stories260K", "--training.sequence_length", "999"],
             "context of 512",
         ),
+        (["plan", "--model.init_from", "hf:outputs/none"], "no such folder: outputs/none (seen from"),
         (["export", "--run", "no/such/run", "--out", "x"], "neither a run folder"),
         (["generate", "--model", "{inputs}/stories260K", "--temperature", "-1"], "at least 0"),
         (["generate", "--model", "{inputs}/stories260K", "--device", "cuda"], "PyTorch sees no CUDA GPU here"),

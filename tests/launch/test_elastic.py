@@ -10,7 +10,7 @@ import pytest
 from cluster import WORKER, Node, lines, rendezvous, wait_until
 from support import run_python
 
-PREEMPTED = 75
+PREEMPTED, INTERRUPTED = 75, 130
 
 
 @pytest.fixture
@@ -79,14 +79,16 @@ def test_a_process_that_the_launcher_stopped_is_not_taken_for_preempted(start, t
     assert lines(tmp_path / "0") == ["start 0", "ready", "SIGTERM", "saved", "start 1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_every_process_each_time_they_come(start, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGUSR1, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_signals_reach_every_process_each_time_they_come(start, tmp_path, number, code):
     node = start("*:*:stop=0.5,2", options=rendezvous(1, restarts=2))
     for received in range(2):
         for rank in ("0", "1"):
             wait_until(lambda rank=rank, n=received: len(lines(tmp_path / rank)) == 2 + n, f"process {rank}")
         node.signal(number)
-    assert node.wait() == PREEMPTED, node.said()
+    assert node.wait() == code, node.said()
     for rank in ("0", "1"):
         assert lines(tmp_path / rank) == ["start 0", "ready", number.name, number.name, "saved"]
 

@@ -38,14 +38,14 @@ def stop_on_signal(delay: float = 0.0, count: int = 1) -> None:
         received.append(number)
         note(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, heard)
     note("ready")
     while len(received) < count:
         time.sleep(0.02)
     time.sleep(delay)
     note("saved")
-    leave(75, "stopped and saved")
+    leave(130 if signal.SIGINT in received else 75, "stopped and saved")
 
 
 def all_have_started() -> bool:

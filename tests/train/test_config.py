@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import tomli
 from support import run_python
 
 from parallel.degrees import resolve_degrees
 from train.config import Config
-from train.config_sources import ConfigError, help_text, load_config, schema_keys, split_arguments, to_toml
+from train.config_help import SECTIONS, asked_for_help, help_page
+from train.config_sources import ConfigError, load_config, schema_keys, split_arguments, to_toml
+from transforms.specs import BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture
@@ -417,14 +426,60 @@ def test_the_resolved_file_loads_to_the_same_configuration(toml, text):
     assert "tokens_per_parameter" not in resolved, "what is not given stays out"
 
 
-def test_help_names_every_key_with_its_meaning():
-    text = help_text()
+def test_help_lists_every_section_in_a_line_or_two():
+    page = help_page("newcompute plan", "newcompute plan: what would run", "")
+    assert set(SECTIONS) == set(Config.model_fields)
+    for section, text in SECTIONS.items():
+        assert f"  {section} " in page
+        assert text in " ".join(page.split())
+    assert len(page.splitlines()) < 50
+    assert max(map(len, page.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("section", sorted(set(Config.model_fields) - {"transforms"}))
+def test_help_of_a_section_names_each_of_its_keys_with_its_meaning(section):
+    page = help_page("newcompute plan", "", section)
+    words = " ".join(page.split())
     for key, field in schema_keys():
-        assert f"--{key} " in text, key
-        assert field.description, f"{key} has no description"
-        assert " ".join(field.description.split()) in " ".join(text.split()), key
-    for section in Config.model_fields:
-        assert f"[{section}]" in text
+        if key.startswith(f"{section}."):
+            assert f"--{key} " in page, key
+            assert field.description, f"{key} has no description"
+            assert " ".join(field.description.split()) in words, key
+    assert all(len(line) <= 80 or "|" in line for line in page.splitlines()), "choices are not cut"
+
+
+@pytest.mark.parametrize("spec", [BitflipSpec, QuantiseSpec, OpticalSpec, LoraSpec])
+def test_help_of_a_kind_of_transform_names_each_of_its_keys(spec):
+    (kind,) = get_args(spec.model_fields["kind"].annotation)
+    assert f'kind = "{kind}"' in help_page("newcompute plan", "", "transforms")
+    page = help_page("newcompute plan", "", f"transforms.{kind}")
+    tables = [CellFaults] if spec is BitflipSpec else [Quantised] if spec is QuantiseSpec else []
+    for model in (spec, *tables):
+        for key, field in model.model_fields.items():
+            assert key == "kind" or f"  {key} " in page, key
+            assert " ".join((field.description or "").split()) in " ".join(page.split())
+
+
+def test_help_of_one_key_and_of_nested_tables():
+    assert "Peak learning rate." in help_page("newcompute plan", "", "optimizer.lr")
+    assert "--model.shape.dim N" in help_page("newcompute plan", "", "model.shape")
+    assert "--model.shape.rope_scaling.factor X  (default 8.0)" in help_page("newcompute plan", "", "model")
+    assert "source embedded|files|hub|random" in help_page("newcompute plan", "", "data.sources")
+
+
+@pytest.mark.parametrize(
+    ("topic", "nearest"),
+    [("optimiser", "optimizer"), ("transforms.optcal", "transforms.optical"), ("training.stepz", "training.steps")],
+)
+def test_help_of_what_is_not_there_names_the_nearest(topic, nearest):
+    with pytest.raises(ConfigError, match=rf"did you mean {nearest}\?"):
+        help_page("newcompute plan", "", topic)
+
+
+def test_the_topic_of_help_is_what_follows_it():
+    assert asked_for_help(["--config", "a.toml", "--help", "training"]) == "training"
+    assert asked_for_help(["-h", "--config", "a.toml"]) == ""
+    assert asked_for_help(["--config", "a.toml"]) is None
 
 
 def test_command_lines_are_split():

@@ -14,7 +14,7 @@ from support import ROOT, fork_python, losses, quietly, read_metrics, tiny_flags
 
 from train.checkpoint import committed_steps
 from train.config_sources import load_config
-from train.outcome import EXIT_PREEMPTED
+from train.outcome import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from train.preemption import Preempted, Signals
 
 SETTINGS = {"training__steps": 8, "checkpoint__interval": 3, "validation__interval": 4, "schedule__warmup_steps": 2}
@@ -29,6 +29,9 @@ PHASES = [
     ("clip", 4, 6, "SIGTERM"),
     ("validate", 4, 4, "SIGUSR1"),
     ("validate", 8, 8, "SIGTERM"),
+    ("build", 0, None, "SIGINT"),
+    ("forward", 1, 2, "SIGINT"),
+    ("validate", 4, 4, "SIGINT"),
     ("begin save", 3, None, "SIGTERM twice"),
     ("copy", 3, None, "SIGUSR1"),
     ("write", 3, None, "SIGUSR1 and SIGTERM"),
@@ -37,7 +40,7 @@ PHASES = [
     ("delete", 6, None, "SIGTERM"),
 ]
 # Before the loop, in a step, between steps, and in a save; each way to be told.
-FAST = {("start", 0), ("forward", 2), ("validate", 4), ("begin save", 3), ("write", 3)}
+FAST = {("start", 0), ("forward", 1), ("forward", 2), ("begin save", 3), ("write", 3)}
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +75,15 @@ def run(folder, corpus, name, faults, processes=1, **changes):
 )
 def test_a_stop_in_any_phase_loses_nothing(corpus_and_straight, text_corpus, phase, step, saved, action):
     folder, straight = corpus_and_straight
-    name = f"{phase}-{step}".replace(" ", "-")
+    name = f"{phase}-{step}-{action}".replace(" ", "-")
     done = run(folder, text_corpus, name, [{"phase": phase, "step": step, "action": action}])
-    assert done.returncode == EXIT_PREEMPTED, done.stdout + done.stderr
+    assert done.returncode == (EXIT_INTERRUPTED if action == "SIGINT" else EXIT_PREEMPTED), done.stdout + done.stderr
     assert f"{action} in {phase}" in done.stderr
     steps = committed_steps(folder / name / "checkpoints")
     if saved is not None:
         assert max(steps) == saved
-        assert f"step {saved} is saved" in done.stderr
+        assert f"step {saved} is saved in {folder / name / 'checkpoints'}" in done.stderr
+        assert "the same command goes on from there" in done.stderr
     again = run(folder, text_corpus, name, [])
     assert again.returncode == 0, again.stderr
     assert losses(read_metrics(folder / name)) == straight
@@ -110,12 +114,40 @@ def test_a_signal_to_one_process_is_everyones(corpus_and_straight, text_corpus, 
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=1e-5)
 
 
+def test_ctrl_c_on_one_process_is_everyones(corpus_and_straight, text_corpus):
+    """Also where no checkpoint was due for long: all agree on the step, save, and end with 130."""
+    folder, _ = corpus_and_straight
+    fault = {"phase": "step", "step": 2, "rank": 1, "action": "SIGINT"}
+    done = run(folder, text_corpus, "two-ctrl-c", [fault], processes=2, parallel__shard=2, checkpoint__interval=1000)
+    assert done.returncode == EXIT_INTERRUPTED, done.stdout + done.stderr
+    assert list(committed_steps(folder / "two-ctrl-c" / "checkpoints")) == [3]
+    assert done.stderr.count("step 3 is saved") == 1
+
+
+def test_a_second_ctrl_c_ends_at_once_without_saving(corpus_and_straight, text_corpus):
+    folder, _ = corpus_and_straight
+    fault = {"phase": "forward", "step": 1, "action": "SIGINT twice"}
+    done = run(folder, text_corpus, "twice", [fault])
+    assert done.returncode == EXIT_INTERRUPTED, done.stdout + done.stderr
+    assert "interrupted again: ended without saving" in done.stderr
+    assert not committed_steps(folder / "twice" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_nothing_where_nothing_is_ever_saved(corpus_and_straight, text_corpus):
+    folder, _ = corpus_and_straight
+    fault = {"phase": "forward", "step": 1, "action": "SIGINT"}
+    done = run(folder, text_corpus, "never", [fault], checkpoint__interval=0)
+    assert done.returncode == EXIT_INTERRUPTED, done.stdout + done.stderr
+    assert "nothing is saved, since checkpoint.interval is 0" in done.stderr
+
+
 def test_programs_that_a_run_starts_survive_the_signals():
     """A compiler that the scheduler signals as well must not die of it, and not swallow the run's own signal."""
     with Signals() as signals:
         signals.leave_to_agreements()
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(child.pid, number)
         assert child.wait() == 0
         assert signals.received is None

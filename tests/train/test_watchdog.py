@@ -134,17 +134,6 @@ def test_an_error_of_one_rank_reaches_the_other(faulty, victim):
     assert "in train_step" in done.file(f"*-rank-{1 - victim}.txt")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_interrupted_alone_is_named_by_the_other(faulty, victim):
-    done = faulty("interrupt", victim, 2, faults__timeout=60.0)
-    assert done.codes[victim] == 130
-    assert done.codes[1 - victim] == EXIT_ENDED
-    assert "hangs" not in done.said
-    assert f"rank {victim} (" in done.errors[1 - victim]
-    if victim:  # rank 0 takes the store along through which its word would come
-        assert re.search(r"rank 1 \(.*\) ended in forward/backward at step 4: interrupted", done.errors[0])
-
-
 @pytest.mark.slow
 def test_a_hang_before_the_first_step(faulty):
     done = faulty("load", 0, 2, faults__start_timeout=3.0)
