@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from train.config import Config, SourceConfig
+from train.config_effect import ACTS
 from train.config_merge import show
 from train.config_sources import ConfigError, Problem
 from transforms.specs import BitflipSpec, LoraSpec, OpticalSpec, QuantiseSpec
@@ -164,7 +165,9 @@ def _key(section: str, key: str, field: FieldInfo) -> Iterator[str]:
     shown = "" if default is None or field.is_required() or isinstance(default, BaseModel) else show(default)
     needed = "  (required)" if field.is_required() else ""
     yield f"  {name} {type_name(field.annotation)}{f'  (default {shown})' if shown else needed}"
-    yield from _wrapped("      ", " ".join((field.description or "").split()))
+    when = ACTS.get(f"{section}.{key}")
+    remedy = f" ({when.remedy})" if when is not None and when.remedy else ""
+    yield from _wrapped("      ", " ".join((field.description or "").split()) + remedy)
 
 
 def _transforms(command: str) -> Iterator[str]:
