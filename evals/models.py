@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 
 from evals.references import check_reference, check_tokenizer_files, is_local  # noqa: E402
-from models.hf import no_safetensors  # noqa: E402
+from models.hf import weight_files  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
 
@@ -79,7 +79,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         raise ValueError(f"{path} is neither a run, a checkpoint nor a Hugging Face folder (no config.json)")
     else:
         if path.is_dir():
-            _check_folder(path)
+            weight_files(path)
             check_tokenizer_files(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
         # Packed layers compute in the type that they are loaded in, and some cannot change it later.
@@ -181,25 +181,6 @@ def _placement(path: Path, place: torch.device) -> dict[str, Any]:
         return {"device_map": place} if config["quantization_config"]["quant_method"] == "metal" else {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}  # what is wrong with the file, transformers says
-
-
-def _check_folder(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: the weights are not safetensors, or their index names a file outside the folder.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(no_safetensors(folder))
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cannot read {index}: {error}") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} names {outside[0]!r:.200}, which is no plain name of a file in its folder")
 
 
 def _to(model: Any, place: torch.device, kind: torch.dtype) -> Any:
