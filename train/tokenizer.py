@@ -177,11 +177,10 @@ class HFTokenizer:
         # A token that the file lacks would be added behind the vocabulary, where the model has no row for it.
         kept = {f"{role}_token": self._named(f"{role}_token") for role in ("unk", "pad", "sep", "cls", "mask")}
         settings = {key: token for key, token in kept.items() if token in special}
-        settings |= {key: self.settings[key] for key in ("padding_side", "chat_template") if key in self.settings}
-        eos = self.bos_id if self.eos_id is None else self.eos_id
-        bos, eos = (str(self.backend.id_to_token(i)) for i in (self.bos_id, eos))
+        settings |= {key: self.settings[key] for key in ("padding_side",) if key in self.settings}
+        end = self.bos_id if self.eos_id is None else self.eos_id
+        bos, eos = (str(self.backend.id_to_token(i)) for i in (self.bos_id, end))
         _save_hf(self.backend, folder, bos, eos, settings)
-        copy_chat_templates(self.folder, folder)
 
 
 def _backend(content: dict, special: list[str | None]) -> tokenizers.Tokenizer:
@@ -307,13 +306,24 @@ FURTHER_TEMPLATES = "additional_chat_templates"
 
 
 def copy_chat_templates(source: Path, folder: Path) -> None:
-    """Copy a Hugging Face folder's files of chat templates; templates may also stand in `tokenizer_config.json`."""
-    files = [source / CHAT_TEMPLATE, *(source / FURTHER_TEMPLATES).glob("*.jinja")]
-    for file in files if source.resolve() != folder.resolve() else []:
-        if file.is_file():
-            copy = folder / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+    """Write a Hugging Face folder's chat templates to another that has none, each as a file of its own.
+
+    Raises:
+        ValueError: `source` has a tokenizer_config.json that cannot be read.
+    """
+    if source.resolve() == folder.resolve() or (folder / CHAT_TEMPLATE).exists():
+        return
+    templates = {file.stem: file.read_text(encoding="utf-8") for file in (source / FURTHER_TEMPLATES).glob("*.jinja")}
+    if (source / CHAT_TEMPLATE).exists():
+        templates["default"] = (source / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    else:  # older folders have them in their settings: one, or a list of named ones
+        found = _read_settings(source / "tokenizer_config.json").get("chat_template")
+        named: list[dict] = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        templates |= {str(one["name"]): str(one["template"]) for one in named if one["template"]}
+    for name, template in templates.items():
+        file = folder / (CHAT_TEMPLATE if name == "default" else f"{FURTHER_TEMPLATES}/{Path(name).name}.jinja")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(template, encoding="utf-8")
 
 
 def text_fingerprint(fingerprint: str) -> str:
@@ -378,6 +388,8 @@ def _local_or_hub(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["tokenizer*.json", CHAT_TEMPLATE, f"{FURTHER_TEMPLATES}/*"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["tokenizer*.json", CHAT_TEMPLATE, f"{FURTHER_TEMPLATES}/*"])
+        )
     except Exception as error:
         raise ValueError(f"tokenizer {path!r} is neither a folder here nor reachable on the Hub: {error}") from error
