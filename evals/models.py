@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from evals.references import check_reference, check_tokenizer_files, is_local  # noqa: E402
 from models.hf import weight_files  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
-from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
+from train.export import TrainedModel, is_run_or_checkpoint, open_trained, provenance  # noqa: E402
+from train.read_back import check_tokenizer  # noqa: E402
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 """Names that configurations give the longest sequence by."""
@@ -48,7 +49,7 @@ class EvalModel:
     tokenizer: Any
     """Its AutoTokenizer."""
     context: int
-    """Longest sequence it was made for, in tokens."""
+    """Longest sequence it was made for, in tokens; of a run and its exports, the one that it was trained on."""
     name: str
     """The path it came from, with the step of a checkpoint."""
     masked: bool = False
@@ -108,6 +109,9 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             raise ValueError(f"{reference!r} is a masked language model, but its tokenizer has no mask token")
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = _context(model), reference
+        if path.is_dir():  # an export has positions for more tokens than it has seen
+            trained_on = provenance(path).get("sequence_length")
+            context = min(context, trained_on) if isinstance(trained_on, int) else context
     kind = _named(dtype, kind)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name, masked)
 
@@ -214,6 +218,7 @@ def _from_run(trained: TrainedModel) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trained.tokenizer.save_hf(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer, trained.tokenizer)
     return model, tokenizer
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,24 @@ class TrainedModel:
             eos = [i for i in dict.fromkeys([self.tokenizer.eos_id, bos]) if i is not None]
         return hf_config(replace(self.shape, max_context=self.max_context), bos, eos, dtype)
 
+    @cached_property
+    def sizes(self) -> dict[str, torch.Size]:
+        """Shapes of the checkpoint's tensors, padding of the vocabulary included."""
+        return checkpoint_names(self.checkpoint)
+
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, float32, padding stripped, under Hugging Face names; adapters are merged into theirs."""
-        names = checkpoint_names(self.checkpoint)
-        tensors = self.read([name for name in names if of_model(name)])
+        tensors = self.read([name for name in self.sizes if of_model(name)])
         return {name: strip_padding(name, tensor, self.shape).clone() for name, tensor in tensors.items()}
 
     def ranges(self) -> dict[str, Tensor]:
         """What hardware effects tracked and learned, float32, by name."""
-        names = checkpoint_names(self.checkpoint)
-        return read_tensors(self.checkpoint, {n: s for n, s in names.items() if n.startswith(LEARNED)})
+        learned = {name: size for name, size in self.sizes.items() if name.startswith(LEARNED)}
+        return read_tensors(self.checkpoint, learned) if learned else {}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Some weights, float32, with the vocabulary's padding; adapters are merged into theirs."""
-        sizes = checkpoint_names(self.checkpoint)
+        sizes = self.sizes
         layers = [name.removesuffix("weight") for name in names]
         adapters = [layer + adapter for layer in layers for adapter in ADAPTERS if layer + adapter in sizes]
         tensors = read_tensors(self.checkpoint, {name: sizes[name] for name in [*names, *adapters]})
@@ -221,7 +226,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 def _groups(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors in groups of one file's size, so that no more than that is in memory."""
-    sizes = checkpoint_names(model.checkpoint)
+    sizes = model.sizes
     names = [name for name in sizes if of_model(name)]
     layers = {name.removesuffix("weight") for name in names}
     left = sorted(n for n in sizes if n.endswith(ADAPTERS) and n.removesuffix(n.rpartition(".")[2]) not in layers)
