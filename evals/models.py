@@ -29,8 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from evals.references import check_reference, check_tokenizer_files, is_local  # noqa: E402
 from models.hf import weight_files  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
+from train import read_back  # noqa: E402
 from train.export import TrainedModel, is_run_or_checkpoint, open_trained, provenance  # noqa: E402
-from train.read_back import check_tokenizer  # noqa: E402
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 """Names that configurations give the longest sequence by."""
@@ -217,8 +217,8 @@ def _from_run(trained: TrainedModel) -> tuple[Any, Any]:
     _materialise_buffers(model)
     with tempfile.TemporaryDirectory() as folder:
         trained.tokenizer.save_hf(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    check_tokenizer(tokenizer, trained.tokenizer)
+        tokenizer = read_back.load_tokenizer(Path(folder))
+    read_back.check_tokenizer(tokenizer, trained.tokenizer)
     return model, tokenizer
 
 

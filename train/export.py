@@ -20,9 +20,9 @@ from models.hf import SHARD_BYTES, hf_config, strip_padding, write_json, write_s
 from models.sizes import LlamaShape, num_parameters
 from parallel.init import ADAPTERS, of_model
 from parallel.names import LEARNED
+from train import read_back
 from train.checkpoint import COMMIT, CheckpointError, Commit, checkpoint_names, committed_steps, read_tensors
 from train.config import Config
-from train.read_back import check_llama, check_tokenizer
 from train.row_counts import tokens_trained
 from train.run_folder import opened
 from train.tokenizer import Tokenizer, copy_chat_templates, difference, load_tokenizer
@@ -141,12 +141,13 @@ def export(model: TrainedModel, out: Path, dtype: str = "float32") -> None:
         ranges = model.ranges()
         if ranges:
             save_file(ranges, folder / RANGES)
-        check_described(model, folder)
+        if model.tokenizer is not None:
+            read_back.check_tokenizer(read_back.load_tokenizer(folder), model.tokenizer)
 
         def rounded(names: list[str]) -> dict[str, Tensor]:
             return {name: tensor.to(stored).float() for name, tensor in model.read(names).items()}
 
-        check_llama(folder, replace(model.shape, max_context=model.max_context), rounded)
+        read_back.check_llama(folder, replace(model.shape, max_context=model.max_context), rounded)
 
 
 @contextmanager
@@ -194,18 +195,6 @@ def describe(model: TrainedModel, folder: Path, dtype: str) -> None:
         "sequence_length": model.context,
     }
     write_json(folder / PROVENANCE, provenance)
-
-
-def check_described(model: TrainedModel, folder: Path) -> None:
-    """Read an export's tokenizer back as transformers does, where it has one.
-
-    Raises:
-        ReadBackError: it is not that of the training.
-    """
-    if model.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.tokenizer)
 
 
 def provenance(folder: Path) -> dict[str, Any]:

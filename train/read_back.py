@@ -59,6 +59,27 @@ class ReadBackError(ValueError):
     """What transformers reads from a folder is not what was exported."""
 
 
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turns an error of transformers into one that says whose it is."""
+    try:
+        yield
+    except Exception as error:  # of its own kinds, of tokenizers', of safetensors'
+        raise ReadBackError(f"transformers cannot load the {what} of the export: {error}") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that transformers reads from a folder.
+
+    Raises:
+        ReadBackError: it reads none.
+    """
+    from transformers import AutoTokenizer
+
+    with _named("tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def check_tokenizer(tokenizer: Any, training: Tokenizer) -> None:
     """Compare a tokenizer of transformers with the one a model was trained with.
 
@@ -133,10 +154,9 @@ def check_llama(folder: Path, shape: LlamaShape, read: Read) -> None:
     from transformers import AutoModelForCausalLM
 
     tokens, positions = probe(shape.vocab_size, shape.max_context)
-    with quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    with quiet(), _named("model"):
+        model, report = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
     problems = {name: sorted(map(str, found)) for name, found in report.items() if found}
     if problems:
         raise ReadBackError(f"transformers does not find the model's weights in the export: {problems}")

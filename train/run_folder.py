@@ -182,14 +182,14 @@ class RunFolder:
         Raises:
             RunFolderError: the checkpoints in `checkpoint.dir` are those of another run of this name.
         """
-        owner = self.checkpoints / OWNER
-        if not owner.exists():
+        note = self.checkpoints / OWNER
+        if not note.exists():
             return
-        theirs = json.loads(owner.read_text(encoding="utf-8")).get("run")
+        theirs = json.loads(note.read_text(encoding="utf-8")).get("run")
         if theirs != str(self.path.resolve()):
             raise RunFolderError(
                 f"{self.checkpoints} holds the checkpoints of {theirs}: choose another run.name or checkpoint.dir, or remove "
-                f"{owner} if that run has moved here"
+                f"{note} if that run has moved here"
             )
 
     def write_owner(self) -> None:
@@ -235,21 +235,21 @@ def opened(path: Path) -> RunFolder:
     beside = RunFolder(steps.parent if steps.name == "checkpoints" else steps)
     if beside.config_file.exists():
         return beside
-    noted = _owner(steps)
-    if noted is not None and noted.config_file.exists() and noted.checkpoints.resolve() == steps:
+    noted = owner(steps)
+    if noted is not None:
         return noted
-    where = f", nor in {noted.path}, where the run was" if noted is not None else ""
     raise RunFolderError(
-        f"{path} is a checkpoint without its run: there is no {beside.config_file}{where}. Move it back beside its run's "
-        "config.toml and tokenizer/, or name the run folder and the step"
+        f"{path} is a checkpoint without its run: there is no {beside.config_file}, and {steps / OWNER} does not name a run "
+        "that is there. Move it back beside its run's config.toml and tokenizer/, or name the run folder and the step"
     )
 
 
-def _owner(checkpoints: Path) -> RunFolder | None:
-    """The run folder that checkpoints which lie elsewhere were written by; it may have moved."""
+def owner(checkpoints: Path) -> RunFolder | None:
+    """The run folder whose checkpoints lie in a folder elsewhere; None where it is not known, or has moved."""
     try:
-        return RunFolder(Path(json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))["run"]))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        run = RunFolder(Path(json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))["run"]))
+        return run if run.config_file.exists() and run.checkpoints.resolve() == checkpoints.resolve() else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, RunFolderError):
         return None
 
 
