@@ -155,7 +155,7 @@ def run_transformers(config: Config, turns: Turns) -> None:
     shape, training, optimizer = named_shape(config.model), config.training, config.optimizer
     source = Llama(shape, context=training.sequence_length)
     init_weights([source], config.run.seed)
-    hf_values = hf_config(shape, training.sequence_length, None, [], "float32")
+    hf_values = hf_config(shape, None, [], "float32")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_values))
     model.load_state_dict({name: strip_padding(name, tensor, shape) for name, tensor in source.state_dict().items()})
     examples = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train.config import SourceConfig
 from train.corpus import documents
-from train.run_folder import RunFolder
+from train.run_folder import opened
 
 TASK = "held_out"
 
@@ -24,7 +24,7 @@ def write_task(run: Path, out: Path, limit: int) -> tuple[Path, Path]:
     Returns:
         The two paths.
     """
-    config = RunFolder(run).read_config()
+    config = opened(run).read_config()
     streamed = config.data.streaming
     texts = [text for source in config.data.all_sources for text in islice(_held_out(source, streamed), limit)]
     out.mkdir(parents=True, exist_ok=True)

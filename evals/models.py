@@ -27,9 +27,10 @@ from transformers import (  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 
 from evals.references import check_reference, check_tokenizer_files, is_local  # noqa: E402
-from models.hf import no_safetensors  # noqa: E402
+from models.hf import weight_files  # noqa: E402
 from parallel.mesh import choose_device  # noqa: E402
-from train.export import TrainedModel, is_run_or_checkpoint, open_trained  # noqa: E402
+from train import read_back  # noqa: E402
+from train.export import TrainedModel, is_run_or_checkpoint, open_trained, provenance  # noqa: E402
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 """Names that configurations give the longest sequence by."""
@@ -48,7 +49,7 @@ class EvalModel:
     tokenizer: Any
     """Its AutoTokenizer."""
     context: int
-    """Longest sequence it was made for, in tokens."""
+    """Longest sequence it was made for, in tokens; of a run and its exports, the one that it was trained on."""
     name: str
     """The path it came from, with the step of a checkpoint."""
     masked: bool = False
@@ -79,7 +80,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
         raise ValueError(f"{path} is neither a run, a checkpoint nor a Hugging Face folder (no config.json)")
     else:
         if path.is_dir():
-            _check_folder(path)
+            weight_files(path)
             check_tokenizer_files(path)
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers would ask on the terminal
         # Packed layers compute in the type that they are loaded in, and some cannot change it later.
@@ -108,6 +109,9 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             raise ValueError(f"{reference!r} is a masked language model, but its tokenizer has no mask token")
         kind = model.dtype if place.type == "cuda" else torch.float32
         context, name = _context(model), reference
+        if path.is_dir():  # an export has positions for more tokens than it has seen
+            trained_on = provenance(path).get("sequence_length")
+            context = min(context, trained_on) if isinstance(trained_on, int) else context
     kind = _named(dtype, kind)
     return EvalModel(_to(model, place, kind).eval(), tokenizer, context, name, masked)
 
@@ -183,25 +187,6 @@ def _placement(path: Path, place: torch.device) -> dict[str, Any]:
         return {}  # what is wrong with the file, transformers says
 
 
-def _check_folder(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: the weights are not safetensors, or their index names a file outside the folder.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(no_safetensors(folder))
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cannot read {index}: {error}") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} names {outside[0]!r:.200}, which is no plain name of a file in its folder")
-
-
 def _to(model: Any, place: torch.device, kind: torch.dtype) -> Any:
     """`model.to` that leaves computed tables alone: rotary frequencies in bfloat16 turn distant positions at random."""
     tables = [
@@ -232,7 +217,8 @@ def _from_run(trained: TrainedModel) -> tuple[Any, Any]:
     _materialise_buffers(model)
     with tempfile.TemporaryDirectory() as folder:
         trained.tokenizer.save_hf(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_back.load_tokenizer(Path(folder))
+    read_back.check_tokenizer(tokenizer, trained.tokenizer)
     return model, tokenizer
 
 

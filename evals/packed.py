@@ -6,9 +6,8 @@ effect gives before anything is written.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from evals.chips import TransformList
 from evals.models import load_model
 from evals.noise import NoisyModel
 from models.hf import write_json
-from train.export import PROVENANCE, describe, export_folder, is_run_or_checkpoint, open_trained
+from train.export import PROVENANCE, describe, export_folder, is_run_or_checkpoint, open_trained, provenance
 from train.packed import BITNET, TORCHAO, Layout, PackedWeight, write_packed
+from train.read_back import check_ids, compare, odd_texts, probe, quiet
 from transforms.devices import NORM_EPS
 from transforms.layers import is_transformed
 from transforms.selection import TransformError
@@ -32,6 +32,14 @@ PACKABLE = (
     'kind = "quantise" with weights of format int2 to int8 or ternary, rounded to the nearest, and inputs as they are '
     '(without norm); or weights ternary and input { format = "int8", scale = "row" }, with or without norm'
 )
+
+TEXTS, TEXT_LENGTH = 8, 8
+"""Of the batch whose logits are compared when a packed folder is read back."""
+TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
+"""Relative difference of a token's logits, by the type of the arithmetic."""
+ROUNDED_INPUTS_TOLERANCE = 0.5
+"""The same where inputs are rounded: a value between two codes may be rounded either way, and every later layer carries that
+on. A model of other weights differs by more than 1."""
 
 
 def export_packed(
@@ -47,6 +55,7 @@ def export_packed(
 
     Raises:
         ConfigError: a transform does not fit the model, or cannot be packed.
+        ReadBackError: transformers reads something else from the folder than what was evaluated.
         ValueError: a layer cannot be packed, or `out` holds something else.
     """
     with transforms.blamed():
@@ -57,6 +66,9 @@ def export_packed(
     noisy = transforms.attach(loaded)
     _check_packable(noisy)
     noisy.chip(0)
+    tokens, _ = probe(model.get_input_embeddings().weight.shape[0], loaded.context, TEXTS, TEXT_LENGTH)
+    with torch.no_grad():
+        evaluated = model(tokens).logits
     noisy.noise.begin(0, 0, torch.device("cpu"))  # weights are looked at without a forward
     layers = {name: packed_weight(name, layer) for name, layer in model.named_modules() if is_transformed(layer)}
     noisy.detach()
@@ -66,10 +78,13 @@ def export_packed(
     if shared:
         raise ValueError(f"{shared[0]} shares its weight with another module, and cannot be packed alone: leave it out")
     with export_folder(out) as folder:
-        provenance = _describe(reference, loaded, folder, dtype)
+        noted = _describe(reference, loaded, folder, dtype)
         total = write_packed(folder, tensors, layers, others, layout)
         # What is packed is a part of the model now: no transforms are left to evaluate it under.
-        write_json(folder / PROVENANCE, provenance | {"transforms": [], "packed": transforms.record()})
+        write_json(folder / PROVENANCE, noted | {"transforms": [], "packed": transforms.record()})
+        ids = {text: loaded.tokenizer(text, verbose=False)["input_ids"] for text in odd_texts(loaded.tokenizer)}
+        del model, noisy, loaded, tensors, layers  # two models need not be in memory
+        _read_back(folder, layout, dtype, tokens, evaluated, ids)
     return total
 
 
@@ -88,6 +103,27 @@ def _check_packable(noisy: NoisyModel) -> None:
             f"{noisy.read_only[0]}: the model multiplies this layer's weight by itself, and cannot read a packed one: leave the "
             "layer out of modules"
         )
+
+
+@torch.no_grad()
+def _read_back(
+    folder: Path, layout: Layout, dtype: str, tokens: Tensor, evaluated: Tensor, ids: Mapping[str, list[int]]
+) -> None:
+    """Load a packed folder as its users do, and compare it with the evaluated model.
+
+    Args:
+        evaluated: logits of `tokens`, of the model under its transforms.
+        ids: texts and the ids that the evaluated model's tokenizer gives.
+
+    Raises:
+        ReadBackError: logits or ids are others.
+    """
+    with quiet():
+        packed = load_model(str(folder), "cpu", dtype)
+    check_ids(packed.tokenizer, ids)
+    with torch.compiler.set_stance("force_eager"):  # BitLinear compiles for half a minute, and computes the same
+        found = packed.model(tokens).logits
+    compare(found, evaluated, ROUNDED_INPUTS_TOLERANCE if layout.name == BITNET else TOLERANCES[dtype])
 
 
 def layout_of(specs: Sequence[TransformSpec]) -> Layout:
@@ -198,11 +234,10 @@ def _describe(reference: str, loaded: Any, folder: Path, dtype: str) -> dict[str
     """Write all but the weights; returns where the model came from."""
     if is_run_or_checkpoint(Path(reference)):
         describe(open_trained(Path(reference)), folder, dtype)
-        found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return found
+        return provenance(folder)
     loaded.model.config.dtype = loaded.model.dtype
     loaded.model.config.save_pretrained(folder)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    return {"model": reference}
+    return provenance(Path(reference)) | {"model": reference}

@@ -10,7 +10,7 @@ import numpy as np
 from evals.runs import Run, read_run
 from train.data import open_data
 from train.prepare import run_tokenizer
-from train.run_folder import RunFolder
+from train.run_folder import opened
 
 
 def rows_of_step(path: Path, step: int) -> Iterator[tuple[int, str]]:
@@ -21,7 +21,7 @@ def rows_of_step(path: Path, step: int) -> Iterator[tuple[int, str]]:
             ones the step had.
         RunFolderError, DataError: it is no run, or its corpus is not there any more.
     """
-    config = RunFolder(path).read_config()
+    config = opened(path).read_config()
     if config.data.streaming or config.data.all_sources[0].source == "random":
         kind = "a stream" if config.data.streaming else "random ids"
         raise ValueError(f"{path} trained on {kind}, which has no rows to look up")

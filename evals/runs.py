@@ -23,7 +23,7 @@ from train.config import Config, named_shape, total_steps
 from train.plan_setup import Setup
 from train.plan_time import ASSUMED_MFU, GPUS, plan_time
 from train.row_counts import RowCounts, Stretch
-from train.run_folder import RunFolder, RunFolderError
+from train.run_folder import OWNER, RunFolder, RunFolderError, opened, owner
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 RECENT = 50
@@ -140,18 +140,27 @@ class Run:
 
     @property
     def checkpoint_folder(self) -> str:
-        elsewhere = self.config.checkpoint.dir if self.config is not None else ""
-        return f"{elsewhere.rstrip('/')}/{self.path.name}" if elsewhere else str(self.path / "checkpoints")
+        if self.config is None or not self.config.checkpoint.dir:
+            return str(self.path / "checkpoints")
+        if (self.path / OWNER).exists():
+            return str(self.path)  # the folder of the checkpoints itself
+        return f"{self.config.checkpoint.dir.rstrip('/')}/{self.config.run.name}"
 
 
 def read_run(path: Path) -> Run:
-    """
+    """A run by its folder, or by one of its checkpoints.
+
     Raises:
         ValueError: `path` holds no run.
     """
-    folder = RunFolder(path)
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; expected a run folder, such as outputs/NAME")
+    try:
+        folder = opened(path)
+    except RunFolderError as error:
+        raise ValueError(str(error)) from error
+    folder = owner(folder.path) or folder  # which has the metrics
+    path = folder.path
     if not any(file.exists() for file in (folder.config_file, folder.metrics_file, path / ".lock")):
         raise ValueError(f"{path} is not a run folder: it has neither config.toml nor metrics.jsonl")
     run = Run(path)

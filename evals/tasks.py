@@ -38,7 +38,7 @@ def evaluate_tasks(
     from lm_eval.models import huggingface
 
     names, manager = find_tasks(tasks, include_path)
-    wrapped = huggingface.HFLM(
+    wrapped = _behind_one_bos()(
         pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context
     )
     with _metrics_from_the_hub(trust_remote_code), library_bars(", ".join(names), huggingface, task_module):
@@ -47,6 +47,26 @@ def evaluate_tasks(
         task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
+
+
+@cache
+def _behind_one_bos() -> Any:
+    """lm-eval's model of a transformers model, which scores a text by windows as training has seen it: behind one BOS."""
+    from lm_eval.models.huggingface import HFLM
+
+    class BehindOneBOS(HFLM):
+        add_bos_token: bool | None
+
+        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
+            # lm-eval puts the BOS before such a text itself. The tokenizer's own would be a second one, and be scored.
+            usual, self.add_bos_token = self.add_bos_token, False
+            try:
+                scores: list[float] = super().loglikelihood_rolling(*args, **options)
+                return scores
+            finally:
+                self.add_bos_token = usual
+
+    return BehindOneBOS
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> tuple[list[str], Any]:

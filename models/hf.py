@@ -20,12 +20,13 @@ from torch import Tensor
 from models.sizes import LlamaShape, RopeScaling
 
 LARGEST_DIM = 1 << 31
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 VOCABULARY_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def hf_config(shape: LlamaShape, context: int, bos_id: int | None, eos_ids: list[int], dtype: str) -> dict[str, Any]:
+def hf_config(shape: LlamaShape, bos_id: int | None, eos_ids: list[int], dtype: str) -> dict[str, Any]:
     """`config.json` of a shape. The rotary settings stand in the spelling of transformers 5 and of 4."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if shape.rope_scaling is not None:
@@ -47,7 +48,7 @@ def hf_config(shape: LlamaShape, context: int, bos_id: int | None, eos_ids: list
         "head_dim": shape.head_dim,
         "intermediate_size": shape.ffn_dim,
         "vocab_size": shape.vocab_size,
-        "max_position_embeddings": context,
+        "max_position_embeddings": shape.max_context,
         "rope_parameters": {"rope_theta": shape.rope_theta, **rope},
         "rope_theta": shape.rope_theta,
         "rope_scaling": rope if shape.rope_scaling is not None else None,
@@ -141,25 +142,77 @@ def no_safetensors(folder: Path) -> str:
     )
 
 
-class HFWeights:
-    """The tensors of a folder's safetensors files, read in parts.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that transformers reads: `model.safetensors`, else what its index names.
+
+    Other safetensors files beside them are no part of the model, as long as they hold none of its tensors.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, one cannot be read or lies elsewhere, or two files hold a tensor of the same name.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    beside = sorted(folder.glob("*.safetensors"))
+    if not beside:
+        raise ValueError(no_safetensors(folder))
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model, and name that one")
+    indexed = _indexed(index) if index.exists() else []
+    if single.exists():
+        files = [single]
+    elif indexed:
+        files = [folder / name for name in indexed]
+    else:
+        raise ValueError(
+            f"{folder} has {', '.join(file.name for file in beside[:3])}, but neither model.safetensors nor {INDEX}, which say "
+            "where a model's weights are: rename the file that holds them to model.safetensors"
+        )
+    holder: dict[str, Path] = {}
+    for file in [*files, *(file for file in beside if file not in files)]:
+        for name in _open(file).keys():  # noqa: SIM118 - not a dict
+            if name in holder and (file in files or holder[name] in files):
+                raise ValueError(
+                    f"{holder[name]} and {file.name} both hold {name}: remove the one that is not meant (transformers reads "
+                    f"{single.name if files == [single] else 'the files that ' + INDEX + ' names'})"
+                )
+            holder.setdefault(name, file)
+    return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: it is no index, or names a file outside its folder.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"cannot read {index}: {error}") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names {outside[0]!r:.200}, which is no plain name of a file in its folder")
+    return sorted(names)
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, which {INDEX} names")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}") from error
+
+
+class HFWeights:
+    """The tensors of a folder that transformers would read, read in parts.
+
+    Raises:
+        ValueError: as `weight_files`.
     """
 
     def __init__(self, folder: Path):
-        # All files of that kind are opened, and no index is: nothing can name a file outside the folder.
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(no_safetensors(folder))
-        self._open = []
-        for file in files:
-            try:
-                self._open.append(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged or cut off: {error}") from error
-        self._where = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - not a dict
+        opened = [_open(file) for file in weight_files(folder)]
+        self._where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a dict
 
     @property
     def names(self) -> set[str]:
@@ -225,7 +278,7 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], metadata: dic
         path.rename(folder / name)
         weight_map.update(dict.fromkeys(names, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
     return total
 
 

@@ -25,7 +25,8 @@ from models.sizes import LlamaShape
 from train import checkpoint_files, records
 from train.checkpoint_files import SafeReader
 from train.checkpoint_metadata import DamagedCheckpoint
-from train.run_folder import write_atomically
+from train.run_folder import RunFolder, write_atomically
+from train.tokenizer import difference
 
 COMMIT = "commit.json"
 VERIFIED = "verified.json"
@@ -137,7 +138,7 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
         return steps[max(steps)]  # begun from that path before: the run's own progress counts
     if (path / COMMIT).exists():
         return path
-    for candidate in (path / "checkpoints", path):
+    for candidate in (RunFolder(path).checkpoints, path):
         elsewhere = committed_steps(candidate)
         if elsewhere:
             return elsewhere[max(elsewhere)]
@@ -251,10 +252,8 @@ def check_model(
     if different:
         what = ", ".join(f"{key} {commit.shape.get(key)} (this run: {mine[key]})" for key in different)
         raise CheckpointError(f"{path} is a checkpoint of another model: {what}")
-    if tokenizer and commit.tokenizer and tokenizer != commit.tokenizer:
-        raise CheckpointError(
-            f"{path} was trained with another tokenizer (fingerprint {commit.tokenizer[:12]}, this run's is {tokenizer[:12]})"
-        )
+    if tokenizer and commit.tokenizer and (what := difference(commit.tokenizer, tokenizer)):
+        raise CheckpointError(f"{path} was trained with {what}: give the tokenizer of its training, or begin a new run")
 
 
 def root_cause(error: BaseException) -> str:

@@ -142,11 +142,8 @@ def open_data(
                 f"the tokens of {source.source!r} are not prepared ({folder}): run `newcompute prepare` first"
             )
         manifest = Manifest.read(folder)
-        if manifest.tokenizer["fingerprint"] != tokenizer.fingerprint:
-            raise DataError(
-                f"{folder} was tokenised with another tokenizer (its manifest says {manifest.tokenizer['fingerprint'][:12]}, "
-                f"this run's is {tokenizer.fingerprint[:12]}): run `newcompute prepare` again"
-            )
+        if what := manifest.other_tokenizer(tokenizer):
+            raise DataError(f"{folder} was tokenised with {what}: run `newcompute prepare` again, or put it back")
         (verify if check else check_files)(folder, manifest)
         rows = CorpusRows(TokenFile(folder, manifest, "train"), length, (seed, s))
         if rows.count < 1:

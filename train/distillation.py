@@ -11,7 +11,6 @@ gathered weights are freed. Its logits come first, so that they are all that is 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from parallel.mesh import Mesh
 from parallel.names import named_parameters
 from train.checkpoint import CheckpointError, load_into
 from train.config import Config
-from train.export import PROVENANCE, open_trained
+from train.export import open_trained, provenance
 from train.model import build_model
 from train.run_folder import RunFolderError
-from train.tokenizer import Tokenizer
+from train.tokenizer import Tokenizer, difference
 from transforms.specs import adds_norms
 
 
@@ -63,8 +62,8 @@ def find_teacher(
     if name.startswith("hf:"):
         folder = hf_folder(name.removeprefix("hf:"))
         found = TeacherFiles(folder, shape_from_hf(folder), is_checkpoint=False)
-        noted = _noted(folder)
-        context, fingerprint = found.shape.max_context, noted.get("tokenizer", "")
+        noted = provenance(folder)
+        context, fingerprint = noted.get("sequence_length", found.shape.max_context), noted.get("tokenizer", "")
         has_norms = adds_norms(noted.get("transforms", []))
     else:
         try:
@@ -91,10 +90,9 @@ def find_teacher(
             f'distillation.teacher = "{name}" has a vocabulary of {found.shape.vocab_size} tokens, this run\'s model has '
             f"{shape.vocab_size}: both must be trained with the same tokenizer"
         )
-    if fingerprint and tokenizer is not None and fingerprint != tokenizer.fingerprint:
+    if fingerprint and tokenizer is not None and (what := difference(fingerprint, tokenizer.fingerprint)):
         raise ValueError(
-            f'distillation.teacher = "{name}" was trained with another tokenizer (fingerprint {fingerprint[:12]}, this '
-            f"run's is {tokenizer.fingerprint[:12]}): its probabilities are of other tokens"
+            f'distillation.teacher = "{name}" was trained with {what}: its probabilities are of other tokens'
         )
     if context < config.training.sequence_length:
         raise ValueError(
@@ -179,10 +177,3 @@ def _load(parts: list[Any], files: TeacherFiles) -> None:
         load_weights(parts, weights.read)
         return
     load_into({name: parameter.detach() for name, parameter in parameters.items()}, files.path)
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    """What an export notes of where it comes from; of other folders nothing is known but the vocabulary."""
-    file = folder / PROVENANCE
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return noted if isinstance(noted, dict) else {}

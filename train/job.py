@@ -34,7 +34,7 @@ from train.prepare import prepare, run_tokenizer
 from train.redaction import redact
 from train.row_counts import RowRecord
 from train.run_folder import RunFolder, RunFolderError
-from train.tokenizer import Tokenizer
+from train.tokenizer import CHAT_TEMPLATE, FURTHER_TEMPLATES, Tokenizer, copy_chat_templates
 from train.trainer import NonFinite, Trainer
 from train.watchdog import Watchdog, group_timeout
 from transforms.apply import table
@@ -182,11 +182,14 @@ def _train(config: Config, mesh: meshes.Mesh, folder: RunFolder, signals: Signal
     resumed_from = trainer.resume()
     if mesh.is_main:
         # Only now, so that a start which fails leaves a folder that a corrected one may use.
-        folder.write_config(config)
-        folder.write_rows(RowRecord(trainer.batches.fingerprint, trainer.batches.counts.stretches))
         folder.write_owner()
-        if tokenizer is not None:
-            tokenizer.save(folder.tokenizer)
+        for copy in folder.copies:
+            copy.write_config(config)
+            copy.write_rows(RowRecord(trainer.batches.fingerprint, trainer.batches.counts.stretches))
+            if tokenizer is not None:
+                tokenizer.save(copy.tokenizer)
+                if hf_weights is not None:
+                    copy_chat_templates(hf_weights, copy.tokenizer)
         trainer.checkpoints.remove_torn()
         for path in trainer.checkpoints.set_aside_after(trainer.step):
             print(f"set aside {path}: this run goes on from step {trainer.step} (checkpoint.resume says so each time)")
@@ -268,7 +271,7 @@ def resolve_shape(config: Config, tokenizer: Tokenizer | None) -> tuple[LlamaSha
 
 
 def hf_folder(name: str) -> Path:
-    """A local Hugging Face folder, or the downloaded one of a Hub id (safetensors and JSON only).
+    """A local Hugging Face folder, or the downloaded one of a Hub id: JSON, chat templates and the model's safetensors.
 
     Raises:
         ValueError: neither exists.
@@ -279,7 +282,9 @@ def hf_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        weights = ["model.safetensors", "model-?????-of-?????.safetensors"]
+        files = [*weights, "*.json", CHAT_TEMPLATE, f"{FURTHER_TEMPLATES}/*"]
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:
         raise ValueError(f"{name!r} is neither a folder here nor a model that the Hub gives: {error}") from error
 

@@ -105,10 +105,16 @@ def _prepare_source(source: SourceConfig, folder: Path, tokenizer: Tokenizer, sa
     inputs = inputs_hash(source)
     if (folder / MANIFEST).exists():
         manifest = _readable_manifest(folder)
-        if manifest and manifest.inputs == inputs and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint:
+        if manifest is None:
+            what = "is damaged"
+        elif manifest.inputs != inputs:
+            what = "was made from other text"
+        elif other := manifest.other_tokenizer(tokenizer):
+            what = f"was made with {other}"
+        else:
             say(f"{folder} is prepared: {_summary(manifest)}")
             return folder
-        say(f"{folder} was made from other text or another tokenizer, or is damaged; making it again")
+        say(f"{folder} {what}; making it again")
     partial = folder.with_name(folder.name + ".partial")
     job = _Tokenization(partial, source, tokenizer, inputs)
     manifest = job.run(say)

@@ -39,6 +39,8 @@ MAY_CHANGE = (
 )
 
 LOCK_TRIALS = 3
+OWNER = "run.json"
+"""File among checkpoints that lie elsewhere: whose they are."""
 
 
 class RunFolderError(Exception):
@@ -48,9 +50,9 @@ class RunFolderError(Exception):
 class RunFolder:
     """Paths inside `run.dir`/`run.name`."""
 
-    def __init__(self, path: Path, checkpoints: str | None = None):
+    def __init__(self, path: Path, checkpoints: str = "", name: str | None = None):
         self.path = path
-        self._checkpoints = checkpoints
+        self._checkpoints, self._name = checkpoints, name
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer"
@@ -62,18 +64,36 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        return cls(Path(config.run.dir) / config.run.name, config.checkpoint.dir)
+        return cls(Path(config.run.dir) / config.run.name, config.checkpoint.dir, config.run.name)
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints, which `checkpoint.dir` may have put elsewhere, also behind a URL."""
-        if self._checkpoints is None:
-            self._checkpoints = self.read_config().checkpoint.dir if self.config_file.exists() else ""
+        """Folder of the run's checkpoints, which `checkpoint.dir` may have put elsewhere, also behind a URL.
+
+        There it has the run's name, which renaming the run folder does not change.
+        """
+        if self._name is None:
+            config = self.read_config() if self.config_file.exists() else None
+            self._checkpoints = config.checkpoint.dir if config is not None else ""
+            self._name = config.run.name if config is not None else self.path.name
+        if (self.path / OWNER).exists() and self._checkpoints:
+            return self.path  # it is the folder of the checkpoints itself, wherever that lies by now
         if not self._checkpoints:
             return self.path / "checkpoints"
         from train.checkpoint import as_path  # imports torch, which a look at a run need not
 
-        return as_path(self._checkpoints) / self.path.name
+        return as_path(self._checkpoints) / self._name
+
+    @property
+    def copies(self) -> list[RunFolder]:
+        """Where configuration and tokenizer are kept: here, and beside checkpoints that lie elsewhere on this machine.
+
+        So a checkpoint can be used by its path alone, and when either folder has moved.
+        """
+        elsewhere = self.checkpoints
+        if elsewhere.parent == self.path or elsewhere == self.path or "://" in str(elsewhere):
+            return [self]
+        return [self, RunFolder(elsewhere)]
 
     def check(self, config: Config) -> None:
         """
@@ -162,21 +182,21 @@ class RunFolder:
         Raises:
             RunFolderError: the checkpoints in `checkpoint.dir` are those of another run of this name.
         """
-        owner = self.checkpoints / "run.json"
-        if not owner.exists():
+        note = self.checkpoints / OWNER
+        if not note.exists():
             return
-        theirs = json.loads(owner.read_text(encoding="utf-8")).get("run")
+        theirs = json.loads(note.read_text(encoding="utf-8")).get("run")
         if theirs != str(self.path.resolve()):
             raise RunFolderError(
                 f"{self.checkpoints} holds the checkpoints of {theirs}: choose another run.name or checkpoint.dir, or remove "
-                f"{owner} if that run has moved here"
+                f"{note} if that run has moved here"
             )
 
     def write_owner(self) -> None:
         """Say whose checkpoints these are, where they do not lie in the run folder."""
         if self.checkpoints.parent != self.path:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.checkpoints / "run.json").write_text(json.dumps({"run": str(self.path.resolve())}), encoding="utf-8")
+            (self.checkpoints / OWNER).write_text(json.dumps({"run": str(self.path.resolve())}), encoding="utf-8")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`; a torn last line is left out."""
@@ -198,6 +218,39 @@ class RunFolder:
             return
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
         write_atomically(self.metrics_file, "".join(kept))
+
+
+def opened(path: Path) -> RunFolder:
+    """The run that a path stands for: a run folder, or the one that a checkpoint's path belongs to.
+
+    A checkpoint's run is looked for beside it: around `checkpoints/`, or in its own folder, where a run with
+    `checkpoint.dir` leaves a copy of what is needed. Runs of earlier versions left a note only, of where the run was.
+
+    Raises:
+        RunFolderError: it is a checkpoint whose run cannot be found.
+    """
+    if not (path / "commit.json").exists():
+        return RunFolder(path)
+    steps = path.resolve().parent
+    beside = RunFolder(steps.parent if steps.name == "checkpoints" else steps)
+    if beside.config_file.exists():
+        return beside
+    noted = owner(steps)
+    if noted is not None:
+        return noted
+    raise RunFolderError(
+        f"{path} is a checkpoint without its run: there is no {beside.config_file}, and {steps / OWNER} does not name a run "
+        "that is there. Move it back beside its run's config.toml and tokenizer/, or name the run folder and the step"
+    )
+
+
+def owner(checkpoints: Path) -> RunFolder | None:
+    """The run folder whose checkpoints lie in a folder elsewhere; None where it is not known, or has moved."""
+    try:
+        run = RunFolder(Path(json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))["run"]))
+        return run if run.config_file.exists() and run.checkpoints.resolve() == checkpoints.resolve() else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, RunFolderError):
+        return None
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

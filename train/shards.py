@@ -16,6 +16,7 @@ import numpy as np
 
 from train import records
 from train.corpus import DataError
+from train.tokenizer import Tokenizer, difference, text_fingerprint
 
 MANIFEST = "manifest.json"
 PREPARE = "; run `newcompute prepare` again"
@@ -65,8 +66,17 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over tokenizer and contents: equal for equal tokens, wherever the folder lies."""
         content = {name: [file.sha256 for file in split.files] for name, split in self.splits.items()}
-        text = json.dumps([content, self.tokenizer["fingerprint"], self.dtype], sort_keys=True)
+        # The boundary token is in the contents, and was not always in the tokenizer's fingerprint.
+        tokenizer = text_fingerprint(self.tokenizer["fingerprint"])
+        text = json.dumps([content, tokenizer, self.dtype], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def other_tokenizer(self, tokenizer: Tokenizer) -> str:
+        """How a tokenizer differs from the one of these shards; empty where its ids are the same."""
+        noted, bos_id = self.tokenizer["fingerprint"], self.tokenizer.get("bos_id", tokenizer.bos_id)
+        return difference(
+            f"{text_fingerprint(noted)}-{bos_id}", f"{text_fingerprint(tokenizer.fingerprint)}-{tokenizer.bos_id}"
+        )
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(records.sealed(asdict(self)), encoding="utf-8")

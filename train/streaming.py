@@ -38,7 +38,7 @@ from train.data import TOO_LITTLE_HELD_OUT, CorpusRows, HeldOut, Resumed
 from train.prepare import run_tokenizer, source_content
 from train.row_counts import DataState, RowCounts
 from train.text_files import Intake
-from train.tokenizer import Tokenizer
+from train.tokenizer import Tokenizer, text_fingerprint
 
 BATCH_DOCUMENTS = 64  # encoded at a time: enough to keep a tokenizer's threads busy, little to encode again on resume
 HELD_OUT_SEARCH = 200_000  # documents among which held-out ones are looked for: a bound on what is read before step 1
@@ -245,7 +245,9 @@ class StreamBatches:
         shards, training = Shards(config.data.all_sources[0]), config.training
         # Another batch size is another stream, so all steps have taken equally many rows.
         self.counts = RowCounts.beginning(training.global_batch_size, training.sequence_length)
-        stream = [shards.identity(), tokenizer.fingerprint, training.sequence_length, training.global_batch_size]
+        # A checkpoint notes the boundary token itself.
+        text = text_fingerprint(tokenizer.fingerprint)
+        stream = [shards.identity(), text, training.sequence_length, training.global_batch_size]
         fingerprint = hashlib.sha256(json.dumps([*stream, config.data.shuffle_window]).encode()).hexdigest()
         self.fingerprint = f"stream-{fingerprint}"
         self.identity: State = {"rank": rank, "size": size, "seed": config.run.seed, "fingerprint": fingerprint}

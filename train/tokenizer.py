@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from train.local_paths import refuse_missing
 
@@ -58,7 +58,8 @@ class Tokenizer(Protocol):
     eos_id: int | None
     """The tokenizer's own end token, if it has one."""
     fingerprint: str
-    """sha256 of what defines the ids; shards made with another one are refused."""
+    """sha256 of what defines the ids of text, and where a setting names the boundary token "-" and its id. Shards and
+    checkpoints made with another one are refused (`difference`)."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of every text, without the boundary token; special tokens' spellings are ordinary text."""
@@ -119,23 +120,24 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json` with its `tokenizer_config.json`."""
+    """A Hugging Face `tokenizer.json` with its `tokenizer_config.json`, of which only the special tokens' names count.
+
+    The class that the settings name is never asked: transformers would build a tokenizer of its own from some of the
+    file, with other ids. Truncation and padding are off, and boundary and end token are special whatever the file says.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.settings = _read_settings(folder / "tokenizer_config.json")
         file = folder / "tokenizer.json"
         try:
-            self.backend = tokenizers.Tokenizer.from_file(str(file))
+            data = file.read_bytes()
+            self.backend = _backend(json.loads(data), [self._named("bos_token"), self._named("eos_token")])
         except Exception as error:
             raise ValueError(f"cannot read {file}: {error}") from error
-        self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
-        self.backend.encode_special_tokens = True
-        self.backend.no_truncation()
-        self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.vocab_size:
             raise ValueError(f"{file} has no vocabulary")
-        self.settings = _read_settings(folder / "tokenizer_config.json")
         bos, self.eos_id = self._special("bos_token"), self._special("eos_token")
         boundary = bos if bos is not None else self.eos_id
         if boundary is None:
@@ -143,12 +145,18 @@ class HFTokenizer:
                 f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token: documents need one"
             )
         self.bos_id = boundary
+        self.fingerprint = f"{hashlib.sha256(data).hexdigest()}-{boundary}"
 
-    def _special(self, role: str) -> int | None:
+    def _named(self, role: str) -> str | None:
+        """How the settings spell the token of a role."""
         token = self.settings.get(role)
         if isinstance(token, dict):
             token = token.get("content")
-        return self.backend.token_to_id(token) if isinstance(token, str) else None
+        return token if isinstance(token, str) else None
+
+    def _special(self, role: str) -> int | None:
+        token = self._named(role)
+        return None if token is None else self.backend.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
@@ -159,18 +167,35 @@ class HFTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
             if (self.folder / name).exists() and self.folder != folder:
                 shutil.copyfile(self.folder / name, folder / name)
+        copy_chat_templates(self.folder, folder)
 
     def save_hf(self, folder: Path) -> None:
-        self.save(folder)
-        settings = _read_settings(folder / "tokenizer_config.json") | {"split_special_tokens": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if self.backend.encode("a").ids[:1] != [self.bos_id]:  # GPT-2's and cosmo2's files add no token by themselves
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            _put_first(backend, str(backend.id_to_token(self.bos_id)))
-            backend.save(str(folder / "tokenizer.json"))
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        # A token that the file lacks would be added behind the vocabulary, where the model has no row for it.
+        kept = {f"{role}_token": self._named(f"{role}_token") for role in ("unk", "pad", "sep", "cls", "mask")}
+        settings = {key: token for key, token in kept.items() if token in special}
+        settings |= {key: self.settings[key] for key in ("padding_side",) if key in self.settings}
+        end = self.bos_id if self.eos_id is None else self.eos_id
+        bos, eos = (str(self.backend.id_to_token(i)) for i in (self.bos_id, end))
+        _save_hf(self.backend, folder, bos, eos, settings)
+
+
+def _backend(content: dict, special: list[str | None]) -> tokenizers.Tokenizer:
+    """The tokenizer that a `tokenizer.json` describes, for text that stays text, with some more special tokens."""
+    content |= {"truncation": None, "padding": None}
+    vocabulary = tokenizers.Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for name in special:
+        if name in vocabulary:
+            added[name] = plain | added.get(name, {}) | {"id": vocabulary[name], "content": name, "special": True}
+    content["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    return backend
 
 
 class TiktokenTokenizer:
@@ -239,13 +264,6 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> HFTokenize
     return HFTokenizer(folder)
 
 
-def _put_first(backend: tokenizers.Tokenizer, token: str) -> None:
-    """Let `backend` put `token` before every text."""
-    template, pair = f"{token} $A", f"{token} $A {token} $B"
-    special = [(token, backend.token_to_id(token))]
-    backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=special)
-
-
 def _read_settings(file: Path) -> dict:
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -256,12 +274,23 @@ def _read_settings(file: Path) -> dict:
     return settings
 
 
-def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str) -> None:
-    """tokenizer.json and tokenizer_config.json, so that `AutoTokenizer(text)` is BOS and then our ids."""
+def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str, settings: dict | None = None) -> None:
+    """tokenizer.json and tokenizer_config.json, so that `AutoTokenizer(text)` is BOS and then our ids.
+
+    `PreTrainedTokenizerFast` takes the file as it is; any other class rebuilds parts of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _put_first(backend, bos)
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {
+    content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    first, a, b = ({"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": s, "type_id": 0}} for s in "AB"))
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, first, b],
+        "special_tokens": {bos: {"id": bos, "ids": [backend.token_to_id(bos)], "tokens": [bos]}},
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    settings = (settings or {}) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
@@ -270,6 +299,52 @@ def _save_hf(backend: tokenizers.Tokenizer, folder: Path, bos: str, eos: str) ->
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
+FURTHER_TEMPLATES = "additional_chat_templates"
+
+
+def copy_chat_templates(source: Path, folder: Path) -> None:
+    """Write a Hugging Face folder's chat templates to another that has none, each as a file of its own.
+
+    Raises:
+        ValueError: `source` has a tokenizer_config.json that cannot be read.
+    """
+    if source.resolve() == folder.resolve() or (folder / CHAT_TEMPLATE).exists():
+        return
+    templates = {file.stem: file.read_text(encoding="utf-8") for file in (source / FURTHER_TEMPLATES).glob("*.jinja")}
+    if (source / CHAT_TEMPLATE).exists():
+        templates["default"] = (source / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    else:  # older folders have them in their settings: one, or a list of named ones
+        found = _read_settings(source / "tokenizer_config.json").get("chat_template")
+        named: list[dict] = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        templates |= {str(one["name"]): str(one["template"]) for one in named if one["template"]}
+    for name, template in templates.items():
+        file = folder / (CHAT_TEMPLATE if name == "default" else f"{FURTHER_TEMPLATES}/{Path(name).name}.jinja")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(template, encoding="utf-8")
+
+
+def text_fingerprint(fingerprint: str) -> str:
+    """The part of a tokenizer's fingerprint that stands for the ids of text; all of it before boundary tokens were noted."""
+    return fingerprint.partition("-")[0]
+
+
+def difference(recorded: str, mine: str) -> str:
+    """How the tokenizer of a recorded fingerprint differs from another; empty where it does not.
+
+    Records of earlier versions do not note the boundary token, and are compared without it.
+    """
+    (theirs, noted, their_bos), (ours, _, our_bos) = recorded.partition("-"), mine.partition("-")
+    if theirs != ours:
+        return f"another tokenizer (fingerprint {theirs[:12]} then, {ours[:12]} now)"
+    if noted and their_bos != our_bos:
+        return (
+            f"another boundary token (id {their_bos} then, {our_bos} now: bos_token or eos_token of tokenizer_config.json has "
+            "changed)"
+        )
+    return ""
 
 
 def _pieces(text: str) -> list[str]:
@@ -313,6 +388,8 @@ def _local_or_hub(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["tokenizer*.json", CHAT_TEMPLATE, f"{FURTHER_TEMPLATES}/*"])
+        )
     except Exception as error:
         raise ValueError(f"tokenizer {path!r} is neither a folder here nor reachable on the Hub: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from evals.packed import layout_of
 from launch.cli import main
 from train.export import PROVENANCE
 from train.packed import Layout
+from train.read_back import ReadBackError
 from train.tokenizer import load_tokenizer
 from transforms.apply import TransformError
 from transforms.specs import TransformSpec
@@ -156,6 +158,42 @@ def test_packed_folders_are_evaluated_like_the_transformed_model(folder, tmp_pat
     assert sizes[0] - sizes[1] > 0.4 * codes  # half of them, less what the second scale of each group takes
     with pytest.raises(SystemExit):
         main(["eval", "--model", str(tmp_path / "torchao"), "--transforms", table, *common])
+
+
+@pytest.mark.parametrize(("layout", "name"), [("torchao", "int4"), ("metal", "int4"), ("bitnet", "bitnet")])
+def test_a_packed_folder_that_transformers_reads_otherwise_is_refused(layout, name, folder, tmp_path, monkeypatch):
+    import evals.packed as module
+
+    usual = module.write_packed
+
+    def swapped(folder, tensors, layers, others, layout):
+        damaged = {name: replace(packed, codes=packed.codes.flip(0)) for name, packed in layers.items()}
+        return usual(folder, tensors, damaged, others, layout)
+
+    monkeypatch.setattr(module, "write_packed", swapped)
+    table = write_table(tmp_path / "table.toml", PACKABLE[name])
+    with pytest.raises(ReadBackError, match="computes other logits"):
+        module.export_packed(str(folder), read_transforms([table], str(folder)), tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_folder_with_another_tokenizer_is_refused(folder, tmp_path, monkeypatch):
+    import evals.packed as module
+
+    usual = module.write_packed
+
+    def other_tokenizer(folder, *arguments):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["tokenizer_class"] = "GPT2Tokenizer"
+        settings["split_special_tokens"] = False
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return usual(folder, *arguments)
+
+    monkeypatch.setattr(module, "write_packed", other_tokenizer)
+    table = write_table(tmp_path / "table.toml", PACKABLE["int8"])
+    with pytest.raises(ReadBackError, match=r"other ids .* for the text .* it has \["):
+        module.export_packed(str(folder), read_transforms([table], str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_packed_as_it_was_trained(run_here, tmp_path):

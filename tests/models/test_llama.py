@@ -125,7 +125,7 @@ def test_logits_of_random_shapes_equal_transformers(seed):
 def test_rotary_frequencies_of_real_sizes_equal_transformers(family, size, tmp_path):
     """Bit for bit: at position 100,000 a difference in the last place of a frequency would be a visible angle."""
     shape = SIZES[family][size]
-    write_json(tmp_path / "config.json", hf_config(shape, shape.max_context, 0, [1], "float32"))
+    write_json(tmp_path / "config.json", hf_config(shape, 0, [1], "float32"))
     reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     assert torch.equal(rope_frequencies(shape), reference.inv_freq)
 
@@ -238,7 +238,7 @@ def test_greedy_continuation_is_the_published_one(stories):
     ids=[*(f"{family}-{size}" for family in SIZES for size in SIZES[family]), *SHAPES],
 )
 def test_shape_round_trip(shape, tmp_path):
-    write_json(tmp_path / "config.json", hf_config(shape, shape.max_context, 0, [1], "float32"))
+    write_json(tmp_path / "config.json", hf_config(shape, 0, [1], "float32"))
     assert shape_from_hf(tmp_path) == shape
 
 
@@ -320,7 +320,7 @@ def test_incomplete_configuration_names_the_file_and_the_key(missing, tmp_path):
 @pytest.mark.parametrize("name", ["grouped-query", "tied", "scaled rope", "wide heads"])
 def test_transformers_reads_our_config(name, tmp_path):
     shape = SHAPES[name]
-    write_json(tmp_path / "config.json", hf_config(shape, 96, bos_id=3, eos_ids=[5, 7], dtype="bfloat16"))
+    write_json(tmp_path / "config.json", hf_config(shape, bos_id=3, eos_ids=[5, 7], dtype="bfloat16"))
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is LlamaConfig
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (
@@ -329,7 +329,7 @@ def test_transformers_reads_our_config(name, tmp_path):
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (
         shape.num_heads, shape.num_kv_heads, shape.head_dim,
     )  # fmt: skip
-    assert (config.vocab_size, config.max_position_embeddings) == (shape.vocab_size, 96)
+    assert (config.vocab_size, config.max_position_embeddings) == (shape.vocab_size, shape.max_context)
     assert (config.bos_token_id, config.eos_token_id, config.dtype) == (3, [5, 7], torch.bfloat16)
     assert (config.tie_word_embeddings, config.rms_norm_eps) == (shape.tied_embeddings, shape.norm_eps)
     rope = dict(config.rope_parameters)
@@ -345,7 +345,7 @@ def test_transformers_reads_our_config(name, tmp_path):
 def write_folder(folder: Path, model: Llama, parts: int, dtype: torch.dtype = torch.float32) -> int:
     """config.json and the weights in `parts` files; returns what `write_safetensors` does."""
     shape = model.shape
-    write_json(folder / "config.json", hf_config(shape, shape.max_context, 0, [1], str(dtype).removeprefix("torch.")))
+    write_json(folder / "config.json", hf_config(shape, 0, [1], str(dtype).removeprefix("torch.")))
     tensors = list(tensors_of(model).items())
     groups = (dict(tensors[part::parts]) for part in range(parts))
     return write_safetensors(folder, groups, shape, dtype)
@@ -399,10 +399,15 @@ def test_import_after_export_gives_identical_weights(tmp_path):
             assert torch.equal(mine, theirs)
 
 
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
 def test_rows_are_read_in_parts_and_padded_with_zeros(tmp_path):
     matrix, vector = torch.randn(7, 3), torch.randn(5)
     save_file({"a": matrix}, tmp_path / "model-1.safetensors")
     save_file({"b": vector}, tmp_path / "model-2.safetensors")
+    write_index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
     weights = HFWeights(tmp_path)
     assert weights.names == {"a", "b"}
     assert weights.shape("a") == [7, 3]
@@ -411,6 +416,43 @@ def test_rows_are_read_in_parts_and_padded_with_zeros(tmp_path):
         assert torch.equal(weights.read("a", first, rows), padded[first : first + rows])
     assert torch.equal(weights.read("a"), matrix)
     assert torch.equal(weights.read("b", 1, 2), vector[1:3])
+
+
+STRAY = {
+    "a second file": (["model", "model_ema"], None, "model.safetensors and model_ema.safetensors both hold a"),
+    "shards beside a whole file": (["model", "model-1"], {"a": "model-1"}, "and model-1.safetensors both hold a"),
+    "a shard that the index lacks": (["model-1", "model-2"], {"a": "model-1"}, "model-1.* and model-2.* both hold a"),
+    "two shards of the index": (["model-1", "model-2"], {"a": "model-1", "b": "model-2"}, "both hold a"),
+    "no file that is named": (["weights"], None, r"has weights\.safetensors, but neither model\.safetensors nor"),
+    "a shard that is missing": (["model-1"], {"a": "model-1", "b": "model-2"}, "model-2.* is missing"),
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_weights_are_those_that_transformers_reads_or_refused(name, tmp_path):
+    files, weight_map, message = STRAY[name]
+    for i, file in enumerate(files):
+        save_file({"a": torch.full((2, 2), float(i))}, tmp_path / f"{file}.safetensors")
+    if weight_map is not None:
+        write_index(tmp_path, {key: f"{file}.safetensors" for key, file in weight_map.items()})
+    with pytest.raises(ValueError, match=message):
+        HFWeights(tmp_path)
+
+
+def test_files_that_transformers_ignores_are_ignored(tmp_path):
+    """Mistral's folders hold the weights once more, under other names."""
+    model = random_model(PLAIN)
+    write_folder(tmp_path, model, 3)
+    for part in range(2):
+        save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / f"consolidated.{part:02}.safetensors")
+    assert HFWeights(tmp_path).names == set(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict())
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    write_folder(tmp_path, random_model(PLAIN), 1)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        HFWeights(tmp_path)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import fork_python, fork_script, losses, read_metrics, tiny_flags
+from support import fork_python, fork_script, losses, quietly, read_metrics, tiny_flags
 
 from train.checkpoint import Commit, checkpoint_names, committed_steps, find_checkpoint, is_verified, read_tensors
 from train.job import JobError
+from train.run_folder import RunFolderError
 
 
 def test_latest_checkpoints_are_kept(run_here, tmp_path):
@@ -231,6 +234,81 @@ def test_checkpoints_in_another_folder(run_here, tmp_path):
     from train.export import open_trained
 
     assert open_trained(tmp_path / "elsewhere").commit.step == 5
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, text_corpus) -> Path:
+    """A folder with a run `home/run` whose checkpoints are in `store/run`; tests work on copies."""
+    from train.config_sources import load_config
+    from train.job import run_job
+
+    folder = tmp_path_factory.mktemp("stored")
+    changes = {"run__dir": folder / "home", "checkpoint__dir": folder / "store", "training__stop_after": 5}
+    config = load_config([], tiny_flags(folder, text_corpus, **changes), world_size=1)
+    quietly(config)
+    run_job(config)
+    return folder
+
+
+@pytest.fixture
+def moved(stored, tmp_path) -> Path:
+    """Run and checkpoints, copied; the run's configuration names the checkpoints where they were."""
+    for name in ("home", "store"):
+        shutil.copytree(stored / name, tmp_path / name)
+    return tmp_path
+
+
+def weights_of(path: Path) -> dict:
+    from train.export import open_trained
+
+    opened = open_trained(path)
+    assert opened.tokenizer is not None
+    assert opened.config.run.name == "run"
+    return opened.state_dict()
+
+
+def test_a_checkpoint_in_another_folder_is_opened_by_its_path(stored, moved):
+    expected = weights_of(stored / "home" / "run")
+    shutil.rmtree(moved / "home")  # nothing but the checkpoints
+    for path in (stored / "store" / "run" / "step-00000005", moved / "store" / "run" / "step-00000005"):
+        found = weights_of(path)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert weights_of(moved / "store" / "run").keys() == expected.keys()
+
+
+def test_a_renamed_run_finds_its_checkpoints(stored, moved):
+    (moved / "home" / "run").rename(moved / "home" / "other")
+    (stored / "store" / "other").mkdir()  # of no concern to it
+    try:
+        assert weights_of(moved / "home" / "other").keys() == weights_of(stored / "home" / "run").keys()
+    finally:
+        (stored / "store" / "other").rmdir()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_opened_by_the_note_beside_it(stored, moved):
+    steps = moved / "store" / "run"
+    (steps / "config.toml").unlink()
+    with pytest.raises(RunFolderError, match=r"is a checkpoint without its run: there is no .*config\.toml"):
+        weights_of(steps / "step-00000005")  # the note names a run whose checkpoints are others
+    config = moved / "home" / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(stored / "store"), str(moved / "store")))
+    (steps / "run.json").write_text(json.dumps({"run": str(moved / "home" / "run")}))
+    assert weights_of(steps / "step-00000005")
+
+
+def test_commands_take_a_checkpoint_by_its_path(stored, tmp_path, capsys):
+    from launch.cli import main
+
+    step = str(stored / "store" / "run" / "step-00000005")
+    main(["export", "--run", step, "--out", str(tmp_path / "hf")])
+    main(["rows", "--run", step, "--step", "1"])
+    main(["status", step])
+    assert "step         5 of 20" in capsys.readouterr().out
+    main(["generate", "--model", step, "--prompt", "a", "--max-new-tokens", "2"])
+
+
+def test_a_run_begins_from_one_whose_checkpoints_are_elsewhere(stored, run_here):
+    run_here("next", checkpoint__resume=str(stored / "home" / "run"), training__stop_after=6)
 
 
 def damage(folder: Path) -> None:
