@@ -6,7 +6,8 @@ largest magnitude that came by. Ranges are saved under the names of a checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from evals.masked import MaskedProtocol, pseudo_log_likelihood, surroundings
 from evals.models import EvalModel
 from evals.noise import NoisyModel
 from evals.text import Protocol, encode, windows
+from transforms.experts import without_expert
+from transforms.ranges import Range
 from transforms.specs import Hardware, OpticalSpec
 
 DEFAULT_TOKENS = 16_384
@@ -67,6 +70,18 @@ def beginnings(model: EvalModel, files: Sequence[Path], tokens: int) -> dict[str
     return {str(file): encode(model, file)[0][:tokens] for file in files}
 
 
+def _share_among_experts(ranges: Mapping[str, Range]) -> None:
+    """An expert that the text gave no token has the largest range of the other experts of its block."""
+    blocks: dict[str, list[Range]] = defaultdict(list)
+    for name, range_ in ranges.items():
+        blocks[without_expert(name)].append(range_)
+    for alike in blocks.values():
+        largest = torch.stack([range_.used for range_ in alike]).amax(0)
+        for range_ in alike:
+            if range_.used <= 0:
+                range_.used.copy_(largest)
+
+
 @torch.no_grad()
 def fit(
     model: EvalModel, noisy: NoisyModel, texts: Sequence[Tensor], protocol: Protocol | MaskedProtocol
@@ -88,6 +103,7 @@ def fit(
         for begin, end, _ in windows(len(ids), protocol):
             model.model(torch.cat([bos, ids[begin:end]])[None])
     noisy.noise.end_step()
+    _share_among_experts(noisy.noise.ranges)
     unseen = [name for name, range_ in noisy.noise.ranges.items() if not range_.used.isfinite() or range_.used <= 0]
     if unseen:
         raise ValueError(f"{unseen[0]}: nothing finite came by in this text, so {len(unseen)} ranges remain unknown")

@@ -20,13 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transforms.context import Noise
-from transforms.experts import EXPERTS
+from transforms.experts import EXPERTS, without_expert
 from transforms.selection import TransformError
 
 _ROLES = {"w": "weights", "x": "inputs", "out": "outputs", "acc": "partial sums", "q": "queries", "k": "keys"}
 _ROLES |= {"v": "values", "p": "probabilities", "scores": "scores", "context": "weighted values"}
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_EXPERT = re.compile(r"(expert[^0-9]*\.)\d+(?=\.|$)")
 
 
 class Audit(TorchDispatchMode):
@@ -127,7 +126,7 @@ def _idle(audit: Audit, effects: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """
     alike: dict[tuple[str, str, str], list[Any]] = defaultdict(list)
     for effect in effects:
-        alike[_EXPERT.sub(r"\1*", effect.name), effect.role, effect.stream].append(effect)
+        alike[without_expert(effect.name), effect.role, effect.stream].append(effect)
     for group in alike.values():
         if not any(audit.acted(effect) for effect in group):
             yield group[0].name.removesuffix(".weight"), group[0]

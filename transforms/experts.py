@@ -8,6 +8,7 @@ number, "model.layers.0.mlp.experts.down_proj.3", and so are the keys of its noi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 
 EXPERTS = "transformed_experts"
 """The attribute of a module of experts that holds those with effects, by parameter and number."""
+
+
+_NUMBER = re.compile(r"(expert[^0-9]*\.)\d+(?=\.|$)")
+
+
+def without_expert(name: str) -> str:
+    """The name of a layer, or of what belongs to it, with a star for the number of its expert: equal for all of a block."""
+    return _NUMBER.sub(r"\1*", name)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,20 @@ def test_optical_experts_have_tiles_ranges_and_photons():
     assert not torch.equal(first, logits(model))
 
 
+def test_an_expert_without_a_token_takes_the_range_of_its_neighbours():
+    from evals.calibrate import fit
+    from evals.models import EvalModel
+    from evals.text import Protocol
+
+    model = mixtral()
+    noisy = NoisyModel(model, [OpticalSpec(kind="optical", attention=False)], 1)
+    ranges = fit(EvalModel(model, None, 24, "mixtral"), noisy, [IDS[0, :1]], Protocol(16, 16))  # one token, two experts
+    of_block = {n: v for n, v in ranges.items() if "0.mlp.experts.down_proj" in n and n.endswith(".x.range")}
+    assert len(of_block) == 4
+    assert min(of_block.values()) > 0
+    assert [float(value) for value in of_block.values()].count(float(max(of_block.values()))) >= 3
+
+
 def test_a_mixture_lists_what_no_transform_reaches():
     noisy = NoisyModel(mixtral(), [WEIGHTS], 1)
     listed = "\n".join(table(noisy.noise))
