@@ -127,7 +127,7 @@ CASES = {
     "chunk, stuck": Case(stuck=True),
     "chunk, tokens": Case(tokens=(2, 5)),
     "chunk, flattened": Case(shape=(10, 300), tokens=(2, 5)),
-    "chunk, last tokens": Case(shape=(2, 3, 300), tokens=(2, 5)),
+    "chunk, rows of no text": Case(shape=(1, 3, 300), tokens=(2, 5)),
     "chunk, transposed": Case(transposed=True),
     "chunk, weight": Case(shape=(37, 43), of_weight=True),
     "chunk, weight, transposed": Case(shape=(37, 43), of_weight=True, transposed=True),

@@ -68,7 +68,7 @@ ACTIVATIONS = {
     "narrow": ((3, 9, 7), None),
     "tokens": ((2, 5, 301), (2, 5)),
     "flattened": ((10, 301), (2, 5)),
-    "last tokens": ((2, 3, 301), (2, 5)),
+    "rows of no text": ((1, 3, 301), (2, 5)),
 }
 WEIGHTS = {
     "odd": (37, 43),
