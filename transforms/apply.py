@@ -35,7 +35,7 @@ from transforms.layers import (
 from transforms.linear import Plan
 from transforms.lora import LowRank
 from transforms.product import Product
-from transforms.selection import TransformError, check_reach, match, match_attention, on_layers, unreached
+from transforms.selection import TransformError, check_reach, match, match_attention, unreached
 from transforms.specs import Hardware, LoraSpec
 
 _NUMBERS = re.compile(r"(^|\.)\d+(?=\.|$)")
@@ -74,8 +74,9 @@ def apply(
     matched = [match(model, spec, index) for index, spec in enumerate(specs)]
     attentions = [match_attention(model, spec, index) for index, spec in enumerate(specs)]
     noise = Noise(seed, warmup, trained)
-    if any(on_layers(spec) for spec in specs):
-        noise.unreached = unreached(model, [layer for layers in matched for _, layer in layers])
+    hardware_layers = [layers for spec, layers in zip(specs, matched) if not isinstance(spec, LoraSpec)]
+    if any(hardware_layers):
+        noise.unreached = unreached(model, [layer for layers in hardware_layers for _, layer in layers])
         check_reach(specs, noise.unreached)
     in_order = sorted(range(len(specs)), key=lambda index: specs[index].kind != "lora")
     for index in in_order:

@@ -46,7 +46,8 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
     found: dict[str, Any] = {}
     if not spec.modules:
         found = {name: module for name, module in linear.items() if _NUMBERED.search(name)}
-        if not all(map(_multiplies_otherwise, found.values())):  # what is left out then counts as not reached
+        if not isinstance(spec, LoraSpec) and not all(map(_multiplies_otherwise, found.values())):
+            # What is left out counts as not reached.
             found = {name: m for name, m in found.items() if _in_float8(m) or not _multiplies_otherwise(m)}
         if not isinstance(spec, LoraSpec):
             found |= {name: part for _, name, part in experts if _NUMBERED.search(name)}

@@ -157,7 +157,9 @@ def test_an_expert_without_a_token_takes_the_range_of_its_neighbours():
 
     model = mixtral()
     noisy = NoisyModel(model, [OpticalSpec(kind="optical", attention=False)], 1)
-    ranges = fit(EvalModel(model, None, 24, "mixtral"), noisy, [IDS[0, :1].repeat(2)], Protocol(16, 16))  # one token, two experts
+    ranges = fit(
+        EvalModel(model, None, 24, "mixtral"), noisy, [IDS[0, :1].repeat(2)], Protocol(16, 16)
+    )  # one token, two experts
     of_block = {n: v for n, v in ranges.items() if "0.mlp.experts.down_proj" in n and n.endswith(".x.range")}
     assert len(of_block) == 4
     assert min(of_block.values()) > 0

@@ -539,8 +539,10 @@ def test_what_cannot_be_transformed_is_named(pattern, says):
         assert list(net.state_dict()) == keys
         assert type(net.blocks[0].up) is nn.Linear
         assert all(p.requires_grad for p in net.parameters())
-    with pytest.raises(TransformError, match="OwnLinear"):
+    with pytest.raises(TransformError, match=r"blocks\.\*\.own\.weight \(21\.7%\)"):
         apply(net, [BitflipSpec(kind="bitflip", weight=WEIGHT)], 0)
+    with pytest.raises(TransformError, match="OwnLinear"):
+        apply(net, [LoraSpec(kind="lora")], 0)
 
 
 def test_patterns_choose_layers():
