@@ -57,6 +57,12 @@ def choices(shape: LlamaShape, config: Float8Config, tensor_degree: int = 1) -> 
         yield Choice(name, out_features, in_features, reason)
 
 
+def unmatched(shape: LlamaShape, config: Float8Config) -> list[str]:
+    """Patterns of `float8.skip` that name no layer of a block."""
+    names = [f"model.layers.0.{name}" for name in block_layers(shape)]
+    return [pattern for pattern in config.skip if not fnmatch.filter(names, pattern)]
+
+
 def _reason(name: str, out_features: int, in_features: int, config: Float8Config) -> str:
     if any(fnmatch.fnmatchcase(f"model.layers.0.{name}", pattern) for pattern in config.skip):
         return "float8.skip names it"

@@ -6,12 +6,13 @@ Only values that differ from the default count: a complete configuration, as a r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Config, DataConfig, SourceConfig
-from transforms.specs import Layered
+from train.config import Config, DataConfig, ScheduleConfig, SourceConfig
+from transforms.specs import BitflipSpec, Layered, OpticalSpec, QuantiseSpec
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,30 @@ def _all(*conditions: When) -> When:
     return When(deciders, lambda config: all(condition.holds(config) for condition in conditions), remedy)
 
 
+def _is_random(spec: Layered) -> bool:
+    """Whether a transform draws random numbers."""
+    if isinstance(spec, QuantiseSpec):
+        operands = (spec.weight, spec.input, spec.attention)
+        return any(operand is not None and operand.rounding == "stochastic" for operand in operands)
+    if isinstance(spec, OpticalSpec):
+        return spec.rounding == "stochastic" or spec.photons is not None
+    return isinstance(spec, BitflipSpec)
+
+
+def _draws_for_weights(spec: Layered) -> bool:
+    """Whether a transform changes the weights of each step at random."""
+    if isinstance(spec, QuantiseSpec):
+        return spec.weight is not None and spec.weight.rounding == "stochastic"
+    return isinstance(spec, BitflipSpec) and spec.weight is not None and spec.lifetime == "transient"
+
+
+def _reaches_minimum(schedule: ScheduleConfig) -> bool:
+    """Whether `schedule.min_lr_ratio` is the rate that a run ends with."""
+    if schedule.name == "wsd":
+        return schedule.decay_fraction > 0
+    return schedule.name != "two_stage" or schedule.min_lr_ratio <= schedule.second_stage_start
+
+
 _TEXT = When(
     ("data.source", "data.sources"),
     lambda config: config.data.all_sources[0].source != "random",
@@ -83,6 +108,21 @@ _EFFECTS = When(
     ("transforms",),
     lambda config: any(spec.kind != "lora" for spec in config.transforms),
     "it acts with hardware effects, [[transforms]]",
+)
+_DRAWS = When(
+    ("transforms",),
+    lambda config: any(map(_is_random, config.transforms)),
+    "it acts with hardware effects that draw random numbers, which rounding to the nearest does not",
+)
+_WEIGHT_DRAWS = When(
+    ("transforms",),
+    lambda config: any(_draws_for_weights(spec) for spec in config.transforms),
+    "it acts with effects that draw anew for the weights in every step: transient bit errors, or stochastic rounding",
+)
+_LAST_RATE = When(
+    ("schedule.name", "schedule.decay_fraction", "schedule.second_stage_start"),
+    lambda config: _reaches_minimum(config.schedule),
+    'it acts where the rate falls that far: with decay_fraction above 0 of "wsd", and up to second_stage_start of "two_stage"',
 )
 _SAVING = _given("checkpoint.interval")
 _VALIDATING = _given("validation.interval")
@@ -98,7 +138,7 @@ ACTS: dict[str, When] = {
             *("training.global_batch_size", "training.micro_batch_size", "training.sequence_length"),
             *("training.max_grad_norm", "training.document_mask", "training.loss_chunk_tokens"),
             *("optimizer.name", "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-            *("optimizer.weight_decay", "schedule.name", "schedule.warmup_steps", "schedule.min_lr_ratio"),
+            *("optimizer.weight_decay", "schedule.name", "schedule.warmup_steps"),
             *("parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor", "parallel.pipeline"),
             *("parallel.reshard_after_forward", "parallel.reduce_each_micro_batch", "parallel.cpu_offload"),
             *("precision.compute", "precision.reduce", "float8.recipe", "compile.enabled"),
@@ -128,12 +168,13 @@ ACTS: dict[str, When] = {
     "schedule.stage_fraction": _is("schedule.name", "two_stage"),
     "schedule.first_stage_end": _is("schedule.name", "two_stage"),
     "schedule.second_stage_start": _is("schedule.name", "two_stage"),
+    "schedule.min_lr_ratio": _LAST_RATE,
     "parallel.async_tensor": _all(_split("parallel.tensor"), _is("compile.enabled", True)),
     "parallel.pipeline_schedule": _PIPELINE,
     "parallel.pipeline_stages": _all(_PIPELINE, _is("parallel.pipeline_schedule", "interleaved_1f1b", "zero_bubble")),
     "float8.min_size": _is("float8.recipe", "tensorwise", "rowwise"),
     "float8.skip": _is("float8.recipe", "tensorwise", "rowwise"),
-    "compile.cuda_graphs": _is("compile.enabled", True),
+    "compile.cuda_graphs": _all(_is("compile.enabled", True), _is("compile.backend", "inductor")),
     "compile.backend": _is("compile.enabled", True),
     "activation_checkpointing.budget": _is("activation_checkpointing.mode", "budget"),
     "checkpoint.mode": _SAVING,
@@ -154,8 +195,8 @@ ACTS: dict[str, When] = {
         lambda config: bool(config.profiling.trace_step or config.profiling.memory_step),
         "it acts where profiling.trace_step or profiling.memory_step is given",
     ),
-    "noise.seed": _EFFECTS,
-    "noise.group_size": _EFFECTS,
+    "noise.seed": _DRAWS,
+    "noise.group_size": _WEIGHT_DRAWS,
     "noise.warmup_steps": _EFFECTS,
 }
 
@@ -170,16 +211,29 @@ class SourceWhen:
     off: tuple[Any, ...] = ()
 
 
+PLAIN_TEXT = re.compile(r"\.(txt|text|md)(\.gz)?$")
+"""Endings of files that are one text each."""
+
+
 def _of(*kinds: str) -> SourceWhen:
     shown = " or ".join(f'"{kind}"' for kind in kinds)
     return SourceWhen(lambda source, data: source.source in kinds, f"it acts with source = {shown}")
+
+
+def _has_records(source: SourceConfig) -> bool:
+    """Whether some files may hold records, of which a field is the text; patterns may leave the ending open."""
+    return not all(PLAIN_TEXT.search(path) for path in (*source.paths, *source.validation_paths))
 
 
 SOURCE_ACTS: dict[str, SourceWhen] = {
     "source": SourceWhen(),
     "paths": _of("files"),
     "validation_paths": _of("files"),
-    "column": _of("files", "hub"),
+    "column": SourceWhen(
+        lambda source, data: source.source == "hub" or (source.source == "files" and _has_records(source)),
+        'it acts with source = "hub", or "files" of which some are .jsonl or .parquet',
+        ("source", "paths", "validation_paths"),
+    ),
     "errors": _of("files"),
     "skip_invalid": _of("files", "hub"),
     "dataset": _of("hub"),

@@ -16,7 +16,7 @@ from parallel.degrees import (
     rows_per_micro_batch,
     stages_per_device,
 )
-from parallel.float8_layers import PART, block_layers, choices
+from parallel.float8_layers import PART, block_layers, choices, unmatched
 from train.config import (
     Config,
     ParallelConfig,
@@ -50,6 +50,14 @@ def cross_checks(config: Config, world_size: int | None) -> Iterator[Problem]:
     if 0 < allowed <= interval:
         yield Problem(
             f"must be more than checkpoint.interval ({interval}), or 0", "checkpoint.max_unsaved_steps", allowed
+        )
+    permanent = config.checkpoint.permanent_interval
+    if permanent and interval and permanent % interval:
+        yield Problem(
+            f"steps are saved at multiples of checkpoint.interval ({interval}), and few of this one's are among them: expected "
+            f"a multiple of it, such as {nearest_multiple(permanent, interval)}",
+            "checkpoint.permanent_interval",
+            permanent,
         )
     if config.data.streaming and config.data.max_documents:
         message = "streaming ends with training.steps: leave it out, or prepare the data"
@@ -291,6 +299,9 @@ def layout_problems(config: Config, shape: LlamaShape, degrees: Degrees) -> Iter
             yield Problem(message, "parallel.tensor", parallel.tensor)
         yield from _split_inputs(config, shape, degrees.tensor)
     if config.float8.recipe != "none":
+        for pattern in unmatched(shape, config.float8):
+            message = f"{pattern!r} names no layer of a block; there are {', '.join(block_layers(shape))}, in all blocks alike"
+            yield Problem(message, "float8.skip", config.float8.skip)
         for choice in choices(shape, config.float8, degrees.tensor):
             if choice.reason.startswith(PART):
                 message = f"{choice.name} takes float8, but {choice.reason}: name it in float8.skip"

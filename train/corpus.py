@@ -131,6 +131,9 @@ def _matches(patterns: list[str], key: str) -> list[Path]:
     for pattern in patterns:
         matches = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
         matches = [path for path in matches if path.is_file()]
+        if not matches and os.path.isdir(os.path.expanduser(pattern)):
+            inside = os.path.join(pattern, "*.jsonl")
+            raise DataError(f"data.{key}: {pattern!r} is a folder: name the files in it, as in {inside!r}")
         if not matches:
             raise DataError(f"data.{key}: {nothing_at(pattern)}")
         found.update(dict.fromkeys(matches))

@@ -131,9 +131,9 @@ def test_arrays_of_tables_append_and_an_empty_array_clears(toml):
 
 
 def test_a_single_source_is_the_data_section_itself(toml):
-    config = load_config([toml("[data]\nsource = 'files'\npaths = ['a.txt', 'b.txt']\ncolumn = 'body'")])
+    config = load_config([toml("[data]\nsource = 'files'\npaths = ['a.jsonl', 'b.jsonl']\ncolumn = 'body'")])
     [source] = config.data.all_sources
-    assert (source.source, source.paths, source.column) == ("files", ["a.txt", "b.txt"], "body")
+    assert (source.source, source.paths, source.column) == ("files", ["a.jsonl", "b.jsonl"], "body")
 
 
 # Length

@@ -11,9 +11,10 @@ from train.config_sources import ConfigError, load_config, read_sources, schema_
 from transforms.specs import BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
 PIPELINE = ["--parallel.pipeline", "2", "--model.shape.num_layers", "8"]
-FILES = ["--data.source", "files", "--data.paths", "a.txt"]
+FILES = ["--data.source", "files", "--data.paths", "*"]
 HUB = ["--data.source", "hub"]
 EFFECTS = ["--transforms", '[{kind = "bitflip", weight = {mantissa = 0.1}}]']
+INT8 = ["--transforms", '[{kind = "quantise", weight = {format = "int8"}}]']
 WSD, TWO_STAGE = ["--schedule.name", "wsd"], ["--schedule.name", "two_stage"]
 FLOAT8 = ["--float8.recipe", "rowwise"]
 TEACHER = ["--distillation.teacher", "outputs/teacher"]
@@ -40,6 +41,7 @@ CONDITIONAL = {
     "schedule.stage_fraction": (0.3, TWO_STAGE),
     "schedule.first_stage_end": (0.3, TWO_STAGE),
     "schedule.second_stage_start": (0.3, TWO_STAGE),
+    "schedule.min_lr_ratio": (0.4, [*TWO_STAGE, "--schedule.second_stage_start", "0.5"]),
     "parallel.async_tensor": ("true", ["--parallel.tensor", "2"]),
     "parallel.pipeline_schedule": ("gpipe", PIPELINE),
     "parallel.pipeline_stages": (4, [*PIPELINE, "--parallel.pipeline_schedule", "interleaved_1f1b"]),
@@ -50,7 +52,7 @@ CONDITIONAL = {
     "activation_checkpointing.budget": (0.1, ["--activation_checkpointing.mode", "budget"]),
     "checkpoint.mode": ("sync", []),
     "checkpoint.keep": (7, []),
-    "checkpoint.permanent_interval": (7, []),
+    "checkpoint.permanent_interval": (1000, []),
     "checkpoint.max_unsaved_steps": (700, []),
     "faults.max_skipped": (3, ["--faults.non_finite", "skip"]),
     "validation.interval": (7, []),
@@ -71,7 +73,11 @@ AGAINST = {
     "tokenizer.vocab_size": ["--tokenizer.kind", "bytes"],
     "data.max_documents": ["--data.source", "random"],
     "data.validation_fraction": [*FILES, "--data.validation_paths", "b.txt"],
-    "compile.cuda_graphs": ["--compile.enabled", "false"],
+    "data.column": ["--data.source", "files", "--data.paths", '["a.txt", "b.md.gz"]'],
+    "schedule.min_lr_ratio": TWO_STAGE,
+    "noise.seed": INT8,
+    "noise.group_size": [*EFFECTS[:1], EFFECTS[1].replace("weight", "input")],
+    "compile.cuda_graphs": ["--compile.backend", "aot_eager"],
     "compile.backend": ["--compile.enabled", "false"],
     "checkpoint.mode": ["--checkpoint.interval", "0"],
     "checkpoint.keep": ["--checkpoint.interval", "0"],
@@ -118,6 +124,44 @@ def test_a_setting_acts_or_is_refused(key):
     refused = problems([*flag, *AGAINST.get(key, [])])
     assert f"flag --{key}: {key} = " in refused[key]
     assert "has no effect" in refused[key]
+
+
+@pytest.mark.parametrize(
+    ("effect", "draws", "for_weights"),
+    [
+        ('{kind = "quantise", weight = {format = "int8"}, input = {format = "int8"}}', False, False),
+        ('{kind = "quantise", weight = {format = "int8", rounding = "stochastic"}}', True, True),
+        ('{kind = "quantise", input = {format = "int8", rounding = "stochastic"}}', True, False),
+        ('{kind = "optical", rounding = "nearest"}', False, False),
+        ('{kind = "optical", rounding = "nearest", photons = 9}', True, False),
+        ('{kind = "optical"}', True, False),
+        ('{kind = "bitflip", weight = {mantissa = 0.1}, lifetime = "persistent"}', True, False),
+    ],
+)
+def test_seed_and_groups_act_on_effects_that_draw(effect, draws, for_weights):
+    refused = problems(["--transforms", f"[{effect}]", "--noise.seed", "5", "--noise.group_size", "8"])
+    assert ("noise.seed" not in refused, "noise.group_size" not in refused) == (draws, for_weights)
+
+
+def test_the_end_of_a_rate_that_never_falls_is_refused():
+    refused = problems([*WSD, "--schedule.decay_fraction", "0", "--schedule.min_lr_ratio", "0.5"])
+    assert "schedule.min_lr_ratio" in refused
+
+
+def test_permanent_checkpoints_that_would_not_be_saved_are_refused():
+    refused = problems(["--checkpoint.interval", "300", "--checkpoint.permanent_interval", "1000"])
+    assert "expected a multiple of it, such as 900" in refused["checkpoint.permanent_interval"]
+    assert not problems(["--checkpoint.interval", "300", "--checkpoint.permanent_interval", "900"])
+
+
+@pytest.mark.parametrize("pattern", ["*.k_porj", "model.layers.3.self_attn.k_proj", "lm_head"])
+def test_layers_of_float8_that_are_not_there_are_refused(pattern):
+    try:
+        load_config([], [*FLOAT8, "--float8.skip", f'["*.q_proj", "{pattern}"]'], world_size=1)
+    except ConfigError as error:
+        assert f"'{pattern}' names no layer" in str(error) and "q_proj' names" not in str(error)
+    else:
+        raise AssertionError("accepted")
 
 
 def test_all_of_them_come_at_once_and_with_other_problems():

@@ -116,3 +116,8 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(configure, tmp_path):
     assert f"tokenizer: cannot read the tiktoken file {tmp_path / 'none.model'}" in refusal(
         configure(*flags, paths=[file])
     )
+
+
+def test_a_folder_in_place_of_files_says_how_to_name_them(configure, tmp_path):
+    message = refusal(configure(paths=[tmp_path]))
+    assert f"{str(tmp_path)!r} is a folder: name the files in it, as in {str(tmp_path / '*.jsonl')!r}" in message
