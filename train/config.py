@@ -289,7 +289,7 @@ class CheckpointConfig(Section):
     keep: PositiveCount = 2
     """Complete checkpoints to keep, the permanent ones not counted."""
     permanent_interval: Count = 0
-    """Checkpoints at multiples of this step are never deleted; 0: none."""
+    """Checkpoints at multiples of this step, itself a multiple of `interval`, are never deleted; 0: none."""
     dir: str = ""
     """Folder of the run's checkpoints, or a URL that fsspec knows (s3://, gs://, ...); default: RUN/checkpoints."""
     max_unsaved_steps: Count = 0

@@ -104,7 +104,7 @@ class HeldOut:
 
     parts: list[CorpusRows]
     tokens_per_byte: float
-    """Of the whole held-out text; turns nats per token into bits per byte."""
+    """Of the whole held-out text (without any, of the training text); turns nats per token into bits per byte."""
 
     @property
     def count(self) -> int:
@@ -134,7 +134,7 @@ def open_data(
         return RandomRows(vocab_size, seed), None
     assert tokenizer is not None
     train, held_out, fingerprints = [], [], []
-    num_bytes, num_tokens, key = 0, 0, tokenizer_key(config)
+    manifests, key = [], tokenizer_key(config)
     for s, source in enumerate(config.data.all_sources):
         folder = corpus_folder(config, source, key)
         if not (folder / MANIFEST).exists():
@@ -154,11 +154,19 @@ def open_data(
         train.append(rows)
         held_out.append(CorpusRows(TokenFile(folder, manifest, "validation"), length, (seed, s)))
         fingerprints.append(manifest.fingerprint)
-        num_bytes += manifest.splits["validation"].bytes
-        num_tokens += manifest.splits["validation"].tokens
+        manifests.append(manifest)
     weights = [source.weight for source in config.data.all_sources]
     mixture = Mixture(train, weights, _fingerprint(fingerprints, weights, length))
-    return mixture, HeldOut(held_out, num_tokens / max(1, num_bytes))
+    return mixture, HeldOut(held_out, _tokens_per_byte(manifests, weights))
+
+
+def _tokens_per_byte(manifests: list[Manifest], weights: list[float]) -> float:
+    """Of the held-out text; where nothing is held out, of the training text in the proportions of the mixture."""
+    held_out = [manifest.splits["validation"] for manifest in manifests]
+    if num_bytes := sum(split.bytes for split in held_out):
+        return sum(split.tokens for split in held_out) / num_bytes
+    training = [manifest.splits["train"] for manifest in manifests]
+    return sum(weights) / sum(w * split.bytes / split.tokens for w, split in zip(weights, training, strict=True))
 
 
 def _fingerprint(corpora: list[str], weights: list[float], length: int) -> str:

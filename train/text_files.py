@@ -66,9 +66,13 @@ class Intake:
         """
         if not self.source.skip_invalid:
             raise DataError(f"{message}; data.skip_invalid = true leaves out such documents and counts them")
+        before = sum(self.skipped.values())
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        count = sum(self.skipped.values())
-        if self.report is not None and count == 10 ** (len(str(count)) - 1):
+        self._tell(before, before + 1)
+
+    def _tell(self, before: int, after: int) -> None:
+        """Report the counts where one of them has begun, or has one digit more."""
+        if self.report is not None and (before == 0 or len(str(after)) > len(str(before))):
             self.report(describe_intake(self.skipped, self.replaced))
 
     def text(self, data: bytes, where: str) -> str | None:
@@ -79,6 +83,7 @@ class Intake:
             bad = len(data) - len(data.decode("utf-8", "ignore").encode())
             if self.source.errors == "replace":
                 self.replaced += bad
+                self._tell(self.replaced - bad, self.replaced)
                 return data.decode("utf-8", "replace")
             self.skip(
                 "not UTF-8",

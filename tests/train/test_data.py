@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split as SplitText
 
 from models.loss import IGNORE
 from train.config import Config
@@ -445,6 +448,26 @@ def test_tokens_per_byte_counts_boundary_tokens_and_bytes(tmp_path):
     _, validation = open_data(config, run_tokenizer(config), 257)
     assert validation is not None
     assert validation.tokens_per_byte == 191 / 190
+
+
+def test_where_nothing_is_held_out_bits_per_byte_are_of_the_training_text(tmp_path):
+    """Three quarters of the rows come from text of one byte a token, the rest from text of four bytes a token."""
+    for name, text in (("a", "x" * 400), ("b", "\N{GRINNING FACE}" * 100)):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    sources = [f'{{paths = ["{tmp_path}/a.txt"], weight = 3}}', f'{{paths = ["{tmp_path}/b.txt"]}}']
+    flags = ["--data.source", "files", "--data.sources", f"[{', '.join(sources)}]", "--data.dir", tmp_path / "data"]
+    tokenizer = Tokenizer(WordLevel({"<bos>": 0, "x": 1, "\N{GRINNING FACE}": 2}, unk_token="<bos>"))
+    tokenizer.pre_tokenizer = SplitText(Regex("."), "isolated")
+    tokenizer.add_special_tokens(["<bos>"])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    hf = ["--tokenizer.kind", "hf", "--tokenizer.path", tmp_path / "tokenizer"]
+    config = configuration(*flags, *hf, "--data.validation_fraction", 0)
+    prepare(config, lambda line: None)
+    _, held_out = open_data(config, run_tokenizer(config), 257)
+    assert held_out.count == 0
+    assert 1 / held_out.tokens_per_byte == pytest.approx(0.75 * 400 / 401 + 0.25 * 400 / 101)
 
 
 def test_random_data_is_opened_without_a_tokenizer():

@@ -17,6 +17,7 @@ from train.config_sources import load_config
 from train.corpus import DataError, documents
 from train.prepare import corpus_folder, prepare
 from train.shards import Manifest
+from train.text_files import Intake
 
 BAD = "naïve caf\xe9 of latin-1 \ufffd".encode().replace("é".encode(), b"\xe9") + b"\xff\xfe and more"
 """Three bytes that are not UTF-8, beside a replacement character that is."""
@@ -168,3 +169,15 @@ def test_folders_of_earlier_versions_keep_their_names():
     """What was prepared without the later keys is found again."""
     config = Config()
     assert corpus_folder(config, config.data.all_sources[0]).name == "embedded-be5c0c973b4b"
+
+
+def test_a_reader_that_nobody_asks_at_the_end_tells_what_it_replaces_and_leaves_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n' * 10 + b"no JSON\n")
+    source = SourceConfig(source="files", paths=[str(tmp_path / "a.jsonl")], errors="replace", skip_invalid=True)
+    said: list[str] = []
+    assert len(list(documents(source, intake=Intake(source, report=said.append)))) == 10
+    assert said == [
+        "1 byte is not UTF-8 and replaced",
+        "10 bytes are not UTF-8 and replaced",
+        "1 invalid document left out (1 no JSON), 10 bytes are not UTF-8 and replaced",
+    ]
