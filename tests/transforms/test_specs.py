@@ -87,7 +87,8 @@ def test_all_mistakes_of_all_tables_at_once(tmp_path):
 
 
 def test_group_size_must_hold_whole_micro_batches():
-    flags = ["--training.global_batch_size", "16", "--training.micro_batch_size", "4", "--noise.group_size"]
+    effect = ["--transforms", '[{kind = "bitflip", weight = {mantissa = 0.1}}]']
+    flags = [*effect, "--training.global_batch_size", "16", "--training.micro_batch_size", "4", "--noise.group_size"]
     assert load_config([], [*flags, "8"], world_size=2).noise.group_size == 8
     with pytest.raises(ConfigError, match="a micro-batch of 4 rows would span several groups"):
         load_config([], [*flags, "6"], world_size=2)
