@@ -13,7 +13,7 @@ from support import run_python
 
 from evals import progress
 from evals.progress import bar, forwards, library_bars
-from evals.quiet import OneLineOfRetries
+from train.quiet import OneLineOfRetries
 
 
 @pytest.fixture
@@ -87,5 +87,4 @@ def test_loggers_that_are_made_quiet_stay_so_when_torch_is_imported():
     """torch sets the level of its own as it is imported, and torchao made it warn in the middle of an export."""
     check = "import torch, logging; print(logging.getLogger('torch.utils._pytree').isEnabledFor(logging.WARNING))"
     code = f"from evals.quiet import quiet_libraries; quiet_libraries(); {check}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout.split() == ["False"], done.stderr
+    assert run_python("-c", code).stdout.split() == ["False"]
