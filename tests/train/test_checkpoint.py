@@ -315,7 +315,9 @@ def test_a_warm_up_of_effects_that_is_over_where_a_run_begins_is_refused(run_her
     run_here(training__stop_after=5)
     effects = '[{kind = "quantise", weight = {format = "int8"}}]'
     onwards = {"transforms": effects, "checkpoint__resume": str(tmp_path / "run"), "noise__warmup_steps": 5}
-    with pytest.raises(JobError, match=r"noise.warmup_steps = 5 has no effect: .* is of step 5, .*model.init_from") as no:
+    with pytest.raises(
+        JobError, match=r"noise.warmup_steps = 5 has no effect: .* is of step 5, .*model.init_from"
+    ) as no:
         run_here("noisy", **onwards)
     assert no.value.code == 2
     onwards["noise__warmup_steps"] = 6
