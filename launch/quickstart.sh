@@ -20,8 +20,8 @@ python -m evals.held_out_task --run $run --out $run/held_out
 newcompute eval --model $run/export --text $run/held_out/held_out.txt --tasks $run/held_out/held_out.yaml --out $run/eval.json
 cat <<'END'
 Three figures above are bits per byte of text that was held out (lower is better), measured in three ways:
-  validation, in the log    all of that text, in rows of 256 tokens as in training: to compare steps and runs
-  held_out.txt, by eval     its first 20 documents as one file, cut into windows of up to 512 tokens: to compare models
+  validation, in the log    400 rows of 256 tokens from all of that text, as in training: to compare steps and runs
+  held_out.txt, by eval     its first 20 documents as one file, cut into windows of 256 tokens: to compare models
   held_out, by lm-eval      these documents one by one, each from its own beginning: to compare with other tools
 They differ since a token is guessed better the more text before it the model may see, and since these 20 are not all documents.
 END

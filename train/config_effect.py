@@ -42,8 +42,6 @@ class Idle:
 
 
 ALWAYS = When()
-CHECKED_APART = When()
-"""Where it does not act it is refused by a rule of its own (`train/config_rules.py`, `transforms/specs.py`)."""
 
 
 def _get(config: Any, key: str) -> Any:
@@ -104,6 +102,9 @@ _TEXT = When(
     "random tokens have nothing held out; it acts with text",
     off=(0,),
 )
+_SHAPED_HERE = When(
+    ("model.init_from",), lambda config: not config.model.init_from, "the shape comes from model.init_from"
+)
 _EFFECTS = When(
     ("transforms",),
     lambda config: any(spec.kind != "lora" for spec in config.transforms),
@@ -157,7 +158,7 @@ ACTS: dict[str, When] = {
             *(f"model.shape.{key}" for key in ("ffn_dim", "vocab_size", "rope_theta", "rope_scaling")),
             *("model.shape.max_context", "model.shape.tied_embeddings"),
         ),
-        CHECKED_APART,
+        _SHAPED_HERE,
     ),
     "tokenizer.path": _is("tokenizer.kind", "hf", "tiktoken"),
     "tokenizer.vocab_size": _is("tokenizer.kind", "bpe"),

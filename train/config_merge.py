@@ -60,7 +60,8 @@ class Sources:
 
     def superseded(self, key: str, deciders: Sequence[str]) -> bool:
         """Whether one of the keys that decide about `key` was set by a later source."""
-        return self._layer(key) < max(map(self._layer, deciders), default=0)
+        below = [layer for name, layer in self.layers.items() if name.startswith(f"{key}.")]
+        return max([self._layer(key), *below]) < max(map(self._layer, deciders), default=0)
 
     def _layer(self, key: str) -> int:
         while key and key not in self.layers:

@@ -84,18 +84,9 @@ def _secrets(config: Config) -> Iterator[Problem]:
 def _shape(config: Config) -> tuple[LlamaShape | None, list[Problem]]:
     model = config.model
     if model.init_from:
-        problems = []
-        if not model.init_from.startswith("hf:") or model.init_from == "hf:":
-            problems.append(
-                Problem('expected "hf:FOLDER" or "hf:ORGANISATION/NAME"', "model.init_from", model.init_from)
-            )
-        if model.size is not None:
-            problems.append(
-                Problem("the shape comes from model.init_from: leave the size out", "model.size", model.size)
-            )
-        if model.shape != type(model.shape)():
-            problems.append(Problem("the shape comes from model.init_from: leave [model.shape] out", "model.shape"))
-        return None, problems
+        if model.init_from.startswith("hf:") and model.init_from != "hf:":
+            return None, []
+        return None, [Problem('expected "hf:FOLDER" or "hf:ORGANISATION/NAME"', "model.init_from", model.init_from)]
     try:
         return named_shape(model), []
     except ValueError as error:

@@ -31,8 +31,10 @@ def refuse_missing(name: str) -> None:
 
 
 def nothing_at(name: str) -> str:
-    """That a path, or the folder of a pattern of files, does not exist, and how far it does."""
+    """That a path, or the folder of a pattern of files, does not exist, and how far it does; or that files were meant."""
     path = Path(name).expanduser()
+    if path.is_dir():
+        return f"{name!r} is a folder: name files in it, as in {str(path / '**' / '*.txt')!r}"
     while "*" in str(path) or "?" in str(path) or "[" in str(path):
         path = path.parent
     if path.exists():

@@ -55,7 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         topic = asked_for_help(arguments)
         if topic is not None:
-            print(help_page("python train/main.py", __doc__, topic))
+            try:
+                print(help_page("python train/main.py", __doc__, topic), flush=True)
+            except BrokenPipeError:  # whoever reads, as in `| head`, has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         files, _, flags = split_arguments(arguments)
         config = load_config(files, flags, int(os.environ.get("WORLD_SIZE", 1)))

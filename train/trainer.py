@@ -151,6 +151,7 @@ class Trainer:
 
         Raises:
             CheckpointError: it cannot be loaded, or all of them are damaged.
+            ValueError: it is another run's, and beyond this run's warm-up of hardware effects.
         """
         config, damaged = self.config, ""
         while True:
@@ -173,6 +174,11 @@ class Trainer:
                 continue
             self.step = self.checkpoints.last_saved = commit.step
             self.goes_on = path.parent == self.folder.checkpoints
+            if not self.goes_on and 0 < config.noise.warmup_steps <= commit.step:
+                raise ValueError(
+                    f"noise.warmup_steps = {config.noise.warmup_steps} has no effect: {path} is of step {commit.step}, and steps "
+                    "go on from there. Leave it out, or export that run and begin from it with model.init_from, at step 0"
+                )
             self.open_data(Resumed(path, commit.step, commit.data))
             return path
 

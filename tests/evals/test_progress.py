@@ -13,7 +13,7 @@ from support import run_python
 
 from evals import progress
 from evals.progress import bar, forwards, library_bars
-from evals.quiet import OneLineOfRetries
+from train.quiet import OneLineOfRetries
 
 
 @pytest.fixture
@@ -81,3 +81,10 @@ def test_a_command_in_a_pipe_prints_its_result_and_nothing_else(real_inputs, tmp
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert done.stdout.startswith(str(real_inputs / "stories260K"))
+
+
+def test_loggers_that_are_made_quiet_stay_so_when_torch_is_imported():
+    """torch sets the level of its own as it is imported, and torchao made it warn in the middle of an export."""
+    check = "import torch, logging; print(logging.getLogger('torch.utils._pytree').isEnabledFor(logging.WARNING))"
+    code = f"from evals.quiet import quiet_libraries; quiet_libraries(); {check}"
+    assert run_python("-c", code).stdout.split() == ["False"]

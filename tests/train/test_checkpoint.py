@@ -311,6 +311,20 @@ def test_a_run_begins_from_one_whose_checkpoints_are_elsewhere(stored, run_here)
     run_here("next", checkpoint__resume=str(stored / "home" / "run"), training__stop_after=6)
 
 
+def test_a_warm_up_of_effects_that_is_over_where_a_run_begins_is_refused(run_here, tmp_path):
+    run_here(training__stop_after=5)
+    effects = '[{kind = "quantise", weight = {format = "int8"}}]'
+    onwards = {"transforms": effects, "checkpoint__resume": str(tmp_path / "run"), "noise__warmup_steps": 5}
+    with pytest.raises(
+        JobError, match=r"noise.warmup_steps = 5 has no effect: .* is of step 5, .*model.init_from"
+    ) as no:
+        run_here("noisy", **onwards)
+    assert no.value.code == 2
+    onwards["noise__warmup_steps"] = 6
+    run_here("noisy", **onwards, training__stop_after=8)
+    assert run_here("noisy", **onwards, training__stop_after=10)[-1]["step"] == 10  # its own checkpoint is beyond it
+
+
 def damage(folder: Path) -> None:
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])

@@ -6,7 +6,7 @@ import pytest
 import tomli
 
 from train.config import Config, SourceConfig
-from train.config_effect import ACTS, ALWAYS, CHECKED_APART, SOURCE_ACTS, TRANSFORM_ACTS, TRANSFORM_ALWAYS
+from train.config_effect import ACTS, ALWAYS, SOURCE_ACTS, TRANSFORM_ACTS, TRANSFORM_ALWAYS
 from train.config_sources import ConfigError, load_config, read_sources, schema_keys, to_toml
 from transforms.specs import BitflipSpec, CellFaults, LoraSpec, OpticalSpec, Quantised, QuantiseSpec
 
@@ -20,6 +20,18 @@ FLOAT8 = ["--float8.recipe", "rowwise"]
 TEACHER = ["--distillation.teacher", "outputs/teacher"]
 MIXTURE = ["--data.sources", '[{source = "embedded"}, {source = "files", paths = "a.txt"}]']
 CONDITIONAL = {
+    "model.size": ("60M", []),
+    "model.shape.dim": (64, []),
+    "model.shape.num_layers": (2, []),
+    "model.shape.num_heads": (2, []),
+    "model.shape.num_kv_heads": (1, []),
+    "model.shape.head_dim": (16, []),
+    "model.shape.ffn_dim": (64, []),
+    "model.shape.vocab_size": (5000, []),
+    "model.shape.rope_theta": (5e5, []),
+    "model.shape.rope_scaling": ("{factor = 4.0}", []),
+    "model.shape.max_context": (4096, []),
+    "model.shape.tied_embeddings": ("true", []),
     "tokenizer.path": ("folder", ["--tokenizer.kind", "hf"]),
     "tokenizer.vocab_size": (4096, []),
     "data.paths": ("a.txt", ["--data.source", "files"]),
@@ -70,6 +82,7 @@ CONDITIONAL = {
 }
 """A value that is not the default, and flags with which it acts."""
 AGAINST = {
+    **{key: ["--model.init_from", "hf:folder"] for key in CONDITIONAL if key.startswith(("model.size", "model.shape"))},
     "tokenizer.vocab_size": ["--tokenizer.kind", "bytes"],
     "data.max_documents": ["--data.source", "random"],
     "data.validation_fraction": [*FILES, "--data.validation_paths", "b.txt"],
@@ -112,7 +125,7 @@ def test_every_key_says_when_it_acts():
 
 
 def test_every_condition_is_tried_below():
-    conditional = {key for key, when in ACTS.items() if when not in (ALWAYS, CHECKED_APART)}
+    conditional = {key for key, when in ACTS.items() if when != ALWAYS}
     assert set(CONDITIONAL) == conditional | {f"data.{key}" for key in SOURCE_ACTS} - {"data.source"}
 
 
@@ -197,6 +210,19 @@ def test_a_later_source_that_chooses_otherwise_takes_back_what_was_set_for_the_c
     both = tmp_path / "b.toml"
     both.write_text('[schedule]\nname = "cosine"\ndecay_fraction = 0.4\n')
     assert str(both) in problems([], [str(both)])["schedule.decay_fraction"]
+
+
+def test_weights_to_begin_from_take_back_the_shape_of_an_earlier_file(tmp_path):
+    """`--config clm_60m.toml --model.init_from hf:FOLDER`, and an adapting file that includes the first training's."""
+    first, both = tmp_path / "first.toml", tmp_path / "both.toml"
+    text = '[model]\nsize = "60M"\nshape = { num_layers = 2, rope_scaling = { factor = 4.0 } }\n'
+    first.write_text(text)
+    flags = ["--model.init_from", "hf:folder"]
+    assert load_config([str(first)], flags) == load_config([], flags)
+    both.write_text(f'{text}init_from = "hf:folder"\n')
+    assert set(problems([], [str(both)])) == {"model.size", "model.shape.num_layers", "model.shape.rope_scaling"}
+    again = ["--model.shape.rope_scaling.factor", "4.0"]
+    assert set(problems([*flags, *again], [str(first)])) == {"model.shape.rope_scaling"}
 
 
 # Sources

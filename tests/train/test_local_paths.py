@@ -26,6 +26,7 @@ def test_names_that_the_hub_may_know(name, tmp_path, monkeypatch):
 def test_what_is_said_of_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
+    assert nothing_at("text") == "'text' is a folder: name files in it, as in 'text/**/*.txt'"
     assert nothing_at("text/*.txt") == f"no file matches 'text/*.txt' (seen from {tmp_path})"
     assert nothing_at("texts/*.txt") == f"no such folder: texts (seen from {tmp_path})"
     assert nothing_at("text/a.txt") == f"no such file: text/a.txt (seen from {tmp_path}; {tmp_path / 'text'} is there)"
