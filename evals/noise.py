@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,6 +33,7 @@ from transforms.apply import apply, remove
 from transforms.audit import Audit, check
 from transforms.layers import is_transformed
 from transforms.noise import philox_4x32
+from transforms.selection import check_reach, on_layers, with_hidden
 from transforms.specs import Hardware, LoraSpec
 
 _MASK32 = 0xFFFFFFFF
@@ -101,7 +102,7 @@ class NoisyModel:
         ranges: Mapping[str, Tensor] | None = None,
         trained: bool = False,
     ):
-        self.model = model
+        self.model, self.specs = model, specs
         self.noise = apply(model, specs, seed, trained=trained)
         model.to(model.device)  # the effects' tables
         self._implementations = Implementations(model, self.noise)
@@ -138,16 +139,24 @@ class NoisyModel:
             TransformError: a forward does not meet every effect that is listed.
         """
         ids, mask = probe(self.model)
-        audit = Audit(self.model)
+        following, longer = ids[:, -1:].clone(), torch.cat([mask, mask[:, -1:]], 1)
+        audit = Audit(self.model, (ids, mask, following, longer))
         self.noise.audit, observing = audit, self.noise.observing
         self.noise.observing = False
         try:
             with audit:
-                self.model(input_ids=ids, attention_mask=mask)
+                found = self.model(input_ids=ids, attention_mask=mask)
+                past = getattr(found, "past_key_values", None)
+                if past is not None:  # behind a cache some models multiply otherwise
+                    with suppress(Exception):  # a model that cannot go on says so where it has to
+                        self.model(input_ids=following, attention_mask=longer, past_key_values=past, use_cache=True)
         finally:
             self.noise.audit, self.noise.observing = None, observing
             self.non_finite.zero_()
         check(audit, self.noise)
+        if any(on_layers(spec) for spec in self.specs):
+            self.noise.unreached = with_hidden(self.model, self.noise.unreached, audit.origins.hidden(self.model))
+            check_reach(self.specs, self.noise.unreached)
         layers = {name: module for name, module in self.model.named_modules() if is_transformed(module)}
         self.read_only = [name for name, layer in layers.items() if layer not in audit.called]
         """Layers whose weights the model multiplies by itself."""

@@ -99,6 +99,9 @@ def apply(
         except DeviceError as error:
             remove(model)
             raise TransformError(str(error), index) from error
+        except BaseException:
+            remove(model)
+            raise
         noise.number_effects(index)
         names = [name for name, _ in layers]
         noise.applied.append(Applied(spec.kind, names, [name for name, _ in attentions[index]], describe(spec), index))

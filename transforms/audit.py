@@ -4,23 +4,28 @@ A model of somebody else may multiply a layer's weight without calling the layer
 never call a layer at all. Effects on such a layer would be listed and do nothing. During an audit every effect that runs
 reports itself, and every operation that reads the stored weight of a layer whose weight has effects is noticed, unless it is
 a view or belongs to the effects. Whatever did not act, or was read around its effects, is an error (`check`).
+
+A model may also multiply weights that are no parameters: buffers, flat vectors, modules and tensors that it keeps from torch.
+`Origins` knows of every tensor whether it was computed from the batch, and notices constants that enter products.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transforms.context import Noise
 from transforms.experts import EXPERTS, without_expert
+from transforms.layers import is_transformed, stored_weight, weight_effects
+from transforms.origins import Origins
 from transforms.selection import TransformError
 
 _ROLES = {"w": "weights", "x": "inputs", "out": "outputs", "acc": "partial sums", "q": "queries", "k": "keys"}
@@ -29,23 +34,38 @@ _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Audit(TorchDispatchMode):
-    """Notes which effects act, and which stored weights are read by anything else."""
+    """Notes which effects act, which stored weights are read by anything else, and which constants enter products.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        given: the tensors that the model is given.
+    """
+
+    def __init__(self, model: nn.Module, given: Iterable[Tensor] = ()):
         super().__init__()
         self.read: dict[str, str] = {}
         """Operation that read the stored weight of a layer, by the layer's name."""
         self.called: set[nn.Module] = set()
         """Layers that were called; the weights of others may have been read through their effects."""
+        self.origins = Origins(given)
         self._acted: set[int] = set()
         self._depth = 0
+        self._names = {module: name for name, module in model.named_modules()}
+        self._shown: dict[int, tuple[Any, Tensor]] = {}
         self._stored: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-        holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        self._embeddings: set[str] = set()
+        holders: dict[int, list[nn.Module]] = defaultdict(list)
+        for module in model.modules():
+            if not (isinstance(module, ParametrizationList) or is_transformed(module) or hasattr(module, EXPERTS)):
+                for p in module._parameters.values():
+                    holders[id(p)].append(module)
         for name, module in model.named_modules():
             for part, parameter, weight in _under_effects(module):
-                # A weight that another module holds, too (tied embeddings), is read there as it should be.
-                if holders[id(parameter)] == 1:
-                    self._stored[weight.untyped_storage().data_ptr()].append((*_bytes_of(weight), name + part))
+                # A weight that another layer holds, too (tied heads), is read there as it should be.
+                if any(isinstance(other, nn.Linear) for other in holders[id(parameter)]):
+                    continue
+                self._stored[weight.untyped_storage().data_ptr()].append((*_bytes_of(weight), name + part))
+                if any(isinstance(other, nn.Embedding) for other in holders[id(parameter)]):
+                    self._embeddings.add(name + part)
 
     def acted(self, effect: Any) -> bool:
         return id(effect) in self._acted
@@ -63,33 +83,57 @@ class Audit(TorchDispatchMode):
         finally:
             self._depth -= 1
 
+    def shows(self, layer: Any, weight: Tensor) -> None:
+        """A layer's weight with its effects was asked for. They act once it is multiplied: its dtype alone is often asked."""
+        self._shown[weight.untyped_storage().data_ptr()] = layer, weight
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if not self._depth and not func.is_view:
             for value in tree_leaves((args, kwargs)):
                 if type(value) in (Tensor, nn.Parameter):
-                    self._note(value, str(func))
-        return func(*args, **(kwargs or {}))
+                    self._note(value, func)
+        result = func(*args, **(kwargs or {}))
+        self.origins.follow(func, args, kwargs, result, of_effects=self._depth > 0)
+        return result
 
-    def _note(self, value: Tensor, operation: str) -> None:
-        candidates = self._stored.get(value.untyped_storage().data_ptr())
+    def _note(self, value: Tensor, operation: Any) -> None:
+        place = value.untyped_storage().data_ptr()
+        if place in self._shown:
+            layer, _ = self._shown[place]
+            self.ran(layer.parametrizations.weight)
+            if _around_product(layer):
+                self.read.setdefault(self._names[layer], str(operation))
+        candidates = self._stored.get(place)
         if not candidates or not value.numel():
             return
         begin, end = _bytes_of(value)
         for first, last, name in candidates:
-            if begin < last and first < end:
-                self.read.setdefault(name, operation)
+            looked_up = name in self._embeddings and "embedding" in str(operation)
+            if begin < last and first < end and not looked_up:
+                self.read.setdefault(name, str(operation))
 
 
-def _under_effects(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The stored weights of a module on which hardware effects act: (end of its name, parameter, its part with effects)."""
-    if is_parametrized(module, "weight") and any(e.hardware for e in module.parametrizations.weight):
-        weight = module.parametrizations.weight.original
-        yield "", weight, weight
+def _under_effects(module: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The stored weights of a module that multiplies under hardware: (end of its name, parameter, its part with effects)."""
+    if is_transformed(module) and hasattr(module, "input_effects") and _on_hardware(module):
+        weight = stored_weight(module)
+        if isinstance(weight, nn.Parameter):
+            yield "", weight, weight
     for name, experts in getattr(module, EXPERTS, nn.ModuleDict()).items():
         parameter: Any = module._parameters[name]
         for number, expert in experts.items():
-            if len(expert.weight_effects):
+            if _on_hardware(expert):
                 yield f".{name}.{number}", parameter, parameter.detach()[int(number)]
+
+
+def _on_hardware(layer: Any) -> bool:
+    """Whether any effect of a layer but an adapter acts."""
+    return any(effect.hardware for effect in weight_effects(layer)) or _around_product(layer)
+
+
+def _around_product(layer: Any) -> bool:
+    """Whether a layer has effects that only act where it is called: on inputs, sums or outputs."""
+    return bool(len(layer.input_effects) or len(layer.output_effects) or layer.product is not None)
 
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:
@@ -112,7 +156,7 @@ def check(audit: Audit, noise: Noise) -> None:
     for name, operation in audit.read.items():
         index = next((e.transform for e in noise.effects if e.name.startswith(name)), 0)
         raise TransformError(
-            f"{name}: the model reads its stored weight around the effects on it (in {operation}). "
+            f"{name}: the model reads its stored weight around the effects of this layer (in {operation}). "
             f"{_advice(noise, index, [name])}",
             index,
         )

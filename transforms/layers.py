@@ -97,8 +97,10 @@ def _effective_weight(layer: Any) -> Tensor:
     """The weight as the hardware has it, for whoever reads it instead of calling the layer."""
     audit = layer.noise.audit
     if audit is not None:
-        with audit.acting(layer.parametrizations.weight):
-            return layer.parametrizations.weight()
+        with audit.acting(()):
+            weight = layer.parametrizations.weight()
+        audit.shows(layer, weight)
+        return weight
     return layer.parametrizations.weight()
 
 
@@ -130,11 +132,15 @@ def _place_of(layer: Any, x: Tensor) -> Place:
         ValueError: the inputs belong to other tokens.
     """
     context, tokens = layer.noise.place()
-    if x.dim() < 4 or tokens is None or layer.noise.clean:
+    if tokens is None or layer.noise.clean:
+        return context, tokens
+    if x.dim() < 4:
+        _check_rows(layer, x, tokens)
         return context, tokens
     lead, (_, batch, length) = x.shape[:-1], tokens.shape
     if layer.noise.audit is not None:
-        layer.heads_dim = next((dim for dim in (1, 2) if lead[:dim] + lead[dim + 1 :] == (batch, length)), None)
+        found = next((dim for dim in (1, 2) if lead[:dim] + lead[dim + 1 :] == (batch, length)), None)
+        layer.heads_dim = getattr(layer, "heads_dim", None) if found is None else found
     dim = getattr(layer, "heads_dim", None)
     if x.dim() == 4 and dim is not None and lead[0] == batch:
         sequence, history = lead[3 - dim], layer.noise.history
@@ -143,6 +149,21 @@ def _place_of(layer: Any, x: Tensor) -> Place:
         if tokens.shape[2] == sequence:
             return context, tokens_of_heads(lead, dim, tokens)
     raise ValueError(f"an input of shape {tuple(x.shape)} does not belong to a batch of tokens {(batch, length)}")
+
+
+def _check_rows(layer: Any, x: Tensor, tokens: Tensor) -> None:
+    """
+    Raises:
+        ValueError: inputs (1, rows, in) are not those of a batch of one, and no table that is alike for all texts either.
+    """
+    audit, (_, *batch) = layer.noise.audit, tokens.shape
+    if audit is None or x.dim() != 3 or len(x) != 1 or list(x.shape[:2]) == batch or not layer.noise.random:
+        return
+    if audit.origins.of_batch(x):
+        raise ValueError(
+            f"an input of shape {tuple(x.shape)} mixes rows of a batch of tokens {tuple(batch)}: which noise belongs to them "
+            "is not known"
+        )
 
 
 def weight_effects(layer: Any) -> list[Any]:

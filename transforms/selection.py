@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,9 @@ _LINEAR = ("Conv1D", "FalconLinear")
 """Classes of transformers, but for nn.Linear, whose forward is x W + b and nothing else."""
 MOST_UNREACHED = 0.01
 """Share of the blocks' weights that the default selection may leave without effects."""
+
+SMALLEST_HIDDEN = 0.001
+"""Of the blocks' weights, a constant that is multiplied and listed; the frequencies of rotary embeddings are smaller."""
 
 
 class TransformError(ValueError):
@@ -88,8 +91,13 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
 def _multiplies_otherwise(module: nn.Module) -> bool:
     """Whether a subclass of a linear layer may compute something else."""
     kind = base_of(module)
-    known = kind is nn.Linear or kind.__name__ in _LINEAR or hasattr(kind, "multiply")
+    known = kind is nn.Linear or _of_transformers(kind) or hasattr(kind, "multiply")
     return not known or _in_float8(module)
+
+
+def _of_transformers(kind: type) -> bool:
+    """Whether a class is one of `_LINEAR`, and not another of the same name."""
+    return kind.__name__ in _LINEAR and kind.__module__.startswith("transformers.")
 
 
 def _in_float8(module: nn.Module) -> bool:
@@ -153,6 +161,14 @@ class Unreached:
     """Of all weights of the blocks: of their parameters with two and more dimensions."""
 
 
+def weights_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of a model's blocks: their parameters with two and more dimensions."""
+    for name, parameter in model.named_parameters():
+        name = _WRAPPERS.sub("", name)
+        if _NUMBERED.search(name) and sum(size > 1 for size in parameter.shape) > 1:
+            yield name, parameter
+
+
 def unreached(model: nn.Module, layers: Iterable[Any]) -> list[Unreached]:
     """The weights of a model's blocks that none of these layers and slices owns, the largest share first."""
     owned: Counter[int] = Counter()
@@ -165,10 +181,7 @@ def unreached(model: nn.Module, layers: Iterable[Any]) -> list[Unreached]:
         else:
             owned |= Counter({id(p): p.numel() for p in layer._parameters.values() if p is not None})
     total, left, counts = 0, Counter[str](), Counter[str]()
-    for name, parameter in model.named_parameters():
-        name = _WRAPPERS.sub("", name)
-        if not _NUMBERED.search(name) or sum(size > 1 for size in parameter.shape) < 2:
-            continue
+    for name, parameter in weights_of_blocks(model):
         total += parameter.numel()
         clean = parameter.numel() - owned[id(parameter)]
         if clean > 0:
@@ -176,6 +189,21 @@ def unreached(model: nn.Module, layers: Iterable[Any]) -> list[Unreached]:
             left[pattern] += clean
             counts[pattern] += 1
     return [Unreached(pattern, counts[pattern], clean / total) for pattern, clean in left.most_common()]
+
+
+def with_hidden(model: nn.Module, left: Sequence[Unreached], hidden: Iterable[tuple[str, int]]) -> list[Unreached]:
+    """What no transform reaches, with constants of (name, number of elements) that the model multiplies, too."""
+    sizes, counts = Counter[str](), Counter[str]()
+    total = sum(parameter.numel() for _, parameter in weights_of_blocks(model))
+    for name, size in hidden:
+        if size > SMALLEST_HIDDEN * total:
+            pattern = _NUMBERED.sub(r"\1*.", name)
+            sizes[pattern] += size
+            counts[pattern] += 1
+    whole = total + sum(sizes.values())
+    found = [replace(one, share=one.share * total / whole) for one in left]
+    found += [Unreached(pattern, counts[pattern], size / whole) for pattern, size in sizes.items()]
+    return sorted(found, key=lambda one: -one.share)
 
 
 def check_reach(specs: Sequence[Hardware | LoraSpec], left: Sequence[Unreached]) -> None:
