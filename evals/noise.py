@@ -82,6 +82,13 @@ def token_noise(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tens
     return History.empty(len(input_ids), input_ids.device).extended(input_ids, real).tokens
 
 
+@torch.no_grad()
+def settle(model: Any) -> None:
+    """Let a model do what it does to its weights at its first forward (RWKV divides those of later blocks), before effects."""
+    ids, mask = probe(model)
+    model(input_ids=ids, attention_mask=mask)
+
+
 class NoisyModel:
     """Transforms on a transformers model, and on which hardware its forwards run.
 
@@ -103,6 +110,7 @@ class NoisyModel:
         trained: bool = False,
     ):
         self.model, self.specs = model, specs
+        settle(model)
         self.noise = apply(model, specs, seed, trained=trained)
         model.to(model.device)  # the effects' tables
         self._implementations = Implementations(model, self.noise)

@@ -15,6 +15,7 @@ of different protocols or tokenizers cannot be compared, bits per byte of differ
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -160,16 +161,20 @@ def negative_log_likelihood(
 
 
 def encode(model: EvalModel, file: Path) -> tuple[Tensor, int]:
-    """The tokens of a text file, (N,) int64 on the model's device, and its length in bytes.
+    """The tokens of a text file, (N,) int64 on the model's device, and its length in bytes; a byte order mark is no text.
 
     Raises:
-        ValueError: it cannot be read or is shorter than two tokens.
+        ValueError: it cannot be read, is not UTF-8 or is shorter than two tokens.
     """
     try:
-        data = file.read_bytes()
+        data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        text = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"--text {file}: {error.strerror}") from error
-    text = data.decode("utf-8", "replace")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text {file}: not UTF-8 from byte {error.start:,} on: convert the file, figures per byte would be of another text"
+        ) from error
     encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = torch.tensor(encoded, dtype=torch.int64, device=model.model.device)
     if len(ids) < 2:

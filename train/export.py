@@ -169,9 +169,13 @@ def export_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    # Renamed first: removing takes time, and a half removed export would still look like one.
+    earlier = out.with_name(f".{out.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
     if out.exists():
-        shutil.rmtree(out)
+        os.rename(out, earlier)
     os.rename(partial, out)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def describe(model: TrainedModel, folder: Path, dtype: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_foreign import BOTH, FLIPS, INPUTS, WEIGHTS, llama, logits, with_down_proj
+import transformers as hf
+from families import COMMON
+from test_foreign import BOTH, FLIPS, INPUTS, WEIGHTS, int4_rows, llama, logits, small, with_down_proj
 from torch import Tensor, nn
 
 from evals.noise import NoisyModel
 from transforms.apply import TransformError, table
-from transforms.specs import BitflipSpec, LoraSpec, QuantiseSpec
+from transforms.specs import BitflipSpec, LoraSpec, Quantised, QuantiseSpec
 
 
 class Keeps(nn.Module):
@@ -165,6 +167,24 @@ def test_a_layer_that_cannot_be_transformed_leaves_the_model_as_it_was():
     before = logits(model)
     with pytest.raises(ValueError, match="weight"):
         NoisyModel(model, [WEIGHTS], 1)
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_that_a_model_rescales_at_its_first_forward_keep_their_effects():
+    """RWKV halves the output weights of later blocks when it is first called: effects act on what it computes with."""
+
+    def rwkv() -> nn.Module:
+        return small(hf.RwkvConfig(hidden_size=32, num_hidden_layers=4, context_length=64, rescale_every=1, **COMMON))
+
+    model, by_hand = rwkv(), rwkv()
+    before = logits(by_hand)  # rescales
+    noisy = NoisyModel(model, [QuantiseSpec(kind="quantise", weight=Quantised(format="int4"), unmatched="keep")], 1)
+    noisy.chip(1)
+    with torch.no_grad():
+        for layer in (m for name, m in by_hand.named_modules() if isinstance(m, nn.Linear) and ".blocks." in name):
+            layer.weight.copy_(int4_rows(layer.weight))
+    assert torch.allclose(logits(model), logits(by_hand), atol=1e-4)
+    noisy.detach()
     assert torch.equal(logits(model), before)
 
 

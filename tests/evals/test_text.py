@@ -7,12 +7,14 @@ import math
 import shutil
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from evals.models import load_model
-from evals.text import Protocol, choose_protocol, evaluate_text, negative_log_likelihood, protocol_for, windows
+from evals.text import Protocol, choose_protocol, encode, evaluate_text, negative_log_likelihood, protocol_for, windows
 from launch.cli import main
 from models.hf import HFWeights, shape_from_hf
 from models.llama import Llama
@@ -247,3 +249,22 @@ def test_a_model_in_bfloat16_keeps_its_rotary_frequencies(real_inputs):
     frequencies = model.model.rotary_emb.inv_freq
     assert frequencies.dtype == torch.float32
     torch.testing.assert_close(frequencies, rope_frequencies(shape_from_hf(real_inputs / "stories260K")))
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
+def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused(tmp_path):
+    model: Any = SimpleNamespace(tokenizer=Bytes(), model=SimpleNamespace(device="cpu"))
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbfna\xc3\xafve")
+    ids, length = encode(model, file)
+    assert bytes(ids.tolist()) == b"na\xc3\xafve" and length == 6
+    for data, position in ((b"na\xefve", 2), ("text".encode("utf-16"), 0)):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=f"text.txt: not UTF-8 from byte {position} on"):
+            encode(model, file)

@@ -253,3 +253,19 @@ def test_stock_lm_eval_runs_on_the_folder_without_this_project(trained, tmp_path
             nats += losses[-new:].sum().item()
         total += len(data)
     assert bits == pytest.approx(nats / total / 0.6931471805599453, rel=1e-4)
+
+
+def test_an_earlier_export_is_whole_until_the_new_one_is_there(tmp_path, monkeypatch):
+    """Removing a large export takes time: a run that is killed meanwhile leaves no half of one."""
+    import train.export as module
+
+    out = tmp_path / "hf"
+    for content in ("first", "second"):
+        with module.export_folder(out) as folder:
+            (folder / module.PROVENANCE).write_text(content)
+    assert (out / module.PROVENANCE).read_text() == "second"
+    removed = []
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path, **options: removed.append(path))
+    with module.export_folder(out) as folder:
+        (folder / module.PROVENANCE).write_text("third")
+    assert out not in removed and (out / module.PROVENANCE).read_text() == "third"
