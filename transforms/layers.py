@@ -138,9 +138,8 @@ def _place_of(layer: Any, x: Tensor) -> Place:
         _check_rows(layer, x, tokens)
         return context, tokens
     lead, (_, batch, length) = x.shape[:-1], tokens.shape
-    if layer.noise.audit is not None:
-        found = next((dim for dim in (1, 2) if lead[:dim] + lead[dim + 1 :] == (batch, length)), None)
-        layer.heads_dim = getattr(layer, "heads_dim", None) if found is None else found
+    if layer.noise.audit is not None and length > 1:
+        layer.heads_dim = next((dim for dim in (1, 2) if lead[:dim] + lead[dim + 1 :] == (batch, length)), None)
     dim = getattr(layer, "heads_dim", None)
     if x.dim() == 4 and dim is not None and lead[0] == batch:
         sequence, history = lead[3 - dim], layer.noise.history

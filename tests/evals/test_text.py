@@ -263,7 +263,7 @@ def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(b"\xef\xbb\xbfna\xc3\xafve")
     ids, length = encode(model, file)
-    assert bytes(ids.tolist()) == b"na\xc3\xafve" and length == 6
+    assert (bytes(ids.tolist()), length) == (b"na\xc3\xafve", 6)
     for data, position in ((b"na\xefve", 2), ("text".encode("utf-16"), 0)):
         file.write_bytes(data)
         with pytest.raises(ValueError, match=f"text.txt: not UTF-8 from byte {position} on"):

@@ -268,4 +268,5 @@ def test_an_earlier_export_is_whole_until_the_new_one_is_there(tmp_path, monkeyp
     monkeypatch.setattr(module.shutil, "rmtree", lambda path, **options: removed.append(path))
     with module.export_folder(out) as folder:
         (folder / module.PROVENANCE).write_text("third")
-    assert out not in removed and (out / module.PROVENANCE).read_text() == "third"
+    assert out not in removed
+    assert (out / module.PROVENANCE).read_text() == "third"
