@@ -169,7 +169,9 @@ def _context(model: Any) -> int:
         positions = getattr(module, "position_embeddings", None)
         if isinstance(positions, torch.nn.Embedding) and positions.padding_idx is not None:
             return positions.num_embeddings - positions.padding_idx - 1
-    named = [getattr(model.config, name, None) for name in _CONTEXT_NAMES]
+    # Models of text and images have it in the configuration of their text part.
+    configs = (model.config, model.config.get_text_config())
+    named = [getattr(config, name, None) for config in configs for name in _CONTEXT_NAMES]
     return next((length for length in named if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
 
 

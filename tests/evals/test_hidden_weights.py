@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import COMMON
+from families import COMMON, LLAMA
 from test_foreign import BOTH, FLIPS, INPUTS, WEIGHTS, int4_rows, llama, logits, small, with_down_proj
 from torch import Tensor, nn
 
@@ -192,3 +192,13 @@ def test_adapters_reach_nothing_for_the_hardware():
     model = llama()
     specs = [LoraSpec(kind="lora", rank=2), WEIGHTS.model_copy(update={"modules": ["*.up_proj"]})]
     assert any("down_proj" in line for line in table(NoisyModel(model, specs, 1).noise) if "(" in line and "%" in line)
+
+
+def test_the_context_of_a_model_of_text_and_images_is_that_of_its_text():
+    from evals.models import _context
+
+    text = {**LLAMA, **COMMON, "head_dim": 8, "max_position_embeddings": 48}
+    with torch.device("meta"):
+        model = nn.Module()
+        model.config = hf.Gemma3Config(text_config=text)
+    assert _context(model) == 48
