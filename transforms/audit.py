@@ -63,6 +63,8 @@ class Audit(TorchDispatchMode):
                 # A weight that another layer holds, too (tied heads), is read there as it should be.
                 if any(isinstance(other, nn.Linear) for other in holders[id(parameter)]):
                     continue
+                if type(weight) not in (Tensor, nn.Parameter):
+                    continue  # packed weights may have no storage
                 self._stored[weight.untyped_storage().data_ptr()].append((*_bytes_of(weight), name + part))
                 if any(isinstance(other, nn.Embedding) for other in holders[id(parameter)]):
                     self._embeddings.add(name + part)
@@ -85,7 +87,8 @@ class Audit(TorchDispatchMode):
 
     def shows(self, layer: Any, weight: Tensor) -> None:
         """A layer's weight with its effects was asked for. They act once it is multiplied: its dtype alone is often asked."""
-        self._shown[weight.untyped_storage().data_ptr()] = layer, weight
+        if type(weight) in (Tensor, nn.Parameter):
+            self._shown[weight.untyped_storage().data_ptr()] = layer, weight
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if not self._depth and not func.is_view:

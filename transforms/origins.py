@@ -28,7 +28,7 @@ class Origins:
     """
 
     def __init__(self, given: Iterable[Tensor]):
-        self._origin = {_place(tensor): _BATCH for tensor in given}
+        self._origin = dict.fromkeys(map(_place, given), _BATCH)
         self._size: dict[int, int] = {}
         self._multiplied: set[int] = set()
 
@@ -60,9 +60,9 @@ class Origins:
 
     def hidden(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """(name, number of elements) of every constant in a product that is no parameter of two or more dimensions."""
-        parameters = [*model.parameters()]
-        weights = {_place(p) for p in parameters if sum(size > 1 for size in p.shape) > 1}
-        names = {_place(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+        weights = {_place(p) for p in _tensors([*model.parameters()]) if sum(size > 1 for size in p.shape) > 1}
+        named = [*model.named_buffers(), *model.named_parameters()]
+        names = {_place(tensor): name for name, tensor in named if _tensors(tensor)}
         for place in sorted(self._multiplied - weights):
             yield names.get(place, "a tensor that is neither a parameter nor a buffer"), self._size[place]
 
@@ -72,4 +72,5 @@ def _place(tensor: Tensor) -> int:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.numel()]
+    """The plain tensors among some values: those of other classes, packed weights for instance, may have no storage."""
+    return [value for value in tree_leaves(values) if type(value) in (Tensor, nn.Parameter) and value.numel()]
