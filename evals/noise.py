@@ -162,7 +162,7 @@ class NoisyModel:
             self.noise.audit, self.noise.observing = None, observing
             self.non_finite.zero_()
         check(audit, self.noise)
-        if any(on_layers(spec) for spec in self.specs):
+        if any(on_layers(spec) and not isinstance(spec, LoraSpec) for spec in self.specs):
             self.noise.unreached = with_hidden(self.model, self.noise.unreached, audit.origins.hidden(self.model))
             check_reach(self.specs, self.noise.unreached)
         layers = {name: module for name, module in self.model.named_modules() if is_transformed(module)}
