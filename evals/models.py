@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_
 """Names that configurations give the longest sequence by."""
 UNLIMITED_CONTEXT = 2048
 """Tokens that a model may be given at once whose configuration names no longest sequence, as BLOOM's and Mamba's."""
+_BLOCK = re.compile(r"\.\d+\.")
 MAX_DEFAULT_CONTEXT = 512
 """Tokens of a window of text unless told otherwise, of models made for more."""
 
@@ -104,7 +106,7 @@ def load_model(reference: str, device: str = "auto", dtype: str = "auto", trust_
             if not is_local(reference):
                 raise ValueError(_not_from_the_hub(reference, error)) from error
             raise ValueError(f"cannot load {reference!r} as a Hugging Face model: {error}") from error
-        _check_complete(model, loaded["missing_keys"], reference)
+        _check_complete(model, loaded, reference)
         if masked and tokenizer.mask_token_id is None:
             raise ValueError(f"{reference!r} is a masked language model, but its tokenizer has no mask token")
         kind = model.dtype if place.type == "cuda" else torch.float32
@@ -150,16 +152,26 @@ def is_masked(config: Any) -> bool:
     return known.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False)
 
 
-def _check_complete(model: Any, missing: Any, reference: str) -> None:
+def _check_complete(model: Any, loaded: dict[str, Any], reference: str) -> None:
     """
     Raises:
-        ValueError: the files lack weights, which transformers has drawn at random, as the head of a bare encoder.
+        ValueError: the files lack weights, which transformers has drawn at random, as the head of a bare encoder; or they have
+            more blocks than the configuration.
     """
-    random = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    names = {name for name, _ in model.named_parameters()}
+    random = sorted(set(loaded["missing_keys"]) & names)
     if random:
         raise ValueError(
             f"{reference!r} has no weights for {', '.join(random[:3])}{' ...' if len(random) > 3 else ''}: as a "
             f"{type(model).__name__} it would be evaluated with random ones"
+        )
+    # Others, such as the pooler of an encoder, are for other uses of the model.
+    alike = {_BLOCK.sub(".*.", name) for name in names}
+    left_out = sorted(name for name in loaded["unexpected_keys"] if _BLOCK.sub(".*.", name) in alike)
+    if left_out:
+        raise ValueError(
+            f"{reference!r} has weights that its config.json leaves out: {', '.join(left_out[:3])}"
+            f"{' ...' if len(left_out) > 3 else ''}; evaluated without them it would be another model"
         )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import COMMON, LLAMA
+from families import COMMON, LLAMA, save_tokenizer
 from torch import Tensor, nn
 
+from evals.models import load_model
 from evals.noise import NoisyModel
 from transforms.apply import TransformError, apply, table
 from transforms.specs import BitflipSpec, CellFaults, OpticalSpec, Quantised, QuantiseSpec
@@ -400,3 +402,12 @@ def test_unmatched_with_patterns_has_no_effect_and_is_refused():
 def test_a_pattern_that_matches_nothing_names_one_that_would():
     with pytest.raises(TransformError, match=r'as in modules = \["model\.layers\.\*\.mlp\.down_proj"\]'):
         apply(llama(), [QuantiseSpec(kind="quantise", modules=["*.mlp.dwn_proj"], weight=INT4)], 1)
+
+
+def test_blocks_that_the_configuration_leaves_out_are_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"weights that its config\.json leaves out: model\.layers\.1\."):
+        load_model(str(tmp_path), "cpu")
