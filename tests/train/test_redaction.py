@@ -89,7 +89,7 @@ def test_events_are_stored_and_shown_without_secrets(tmp_path, capsys):
 
 def test_errors_of_the_command_show_none(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["eval", "--model", f"no/such-{HUB}", "--text", "x"])
+        main(["eval", "--model", f"no/such-{HUB}", "--text", __file__])
     assert stopped.value.code == 2
     shown = capsys.readouterr()
     assert "no/such-" in shown.err
