@@ -63,6 +63,7 @@ class ProductCode(Slots, Operand):
     stochastic, photons. Empty where it has none."""
     of_weight = False
     persistent = False
+    rounds = False  # sums inside a product are not counted
     first_row = columns = 0
 
     def __post_init__(self) -> None:
