@@ -8,6 +8,7 @@ model had. Whatever a model gives to its attention beyond what this function und
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,8 +63,9 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
     if noise.exact:
+        plan = replace(_EXACT, softcap=softcap)
         found = transformed_attention(
-            _EXACT, False, None, scale, softcap, query, key, value, attention_mask, sinks, None, None, None
+            plan, False, scale, query, key, value, attention_mask, None, None, None, None, sinks
         )
     else:
         found = run_attention(module, query, key, value, attention_mask, scale, softcap, sinks)

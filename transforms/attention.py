@@ -52,6 +52,8 @@ class AttentionPlan:
     """Which of the tensors forwards write to."""
     clean_gradients: bool = False
     """Gradients use q, k, v and P as they are before the hardware."""
+    softcap: float = 0.0
+    """Magnitude that scaled scores stay below; 0: none."""
 
     def split(self, tensors: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
         groups, start = {}, 0
@@ -86,66 +88,65 @@ class AttentionEffects(nn.Module):
 def transformed_attention(
     plan: AttentionPlan,
     observing: bool,
-    non_finite: Tensor | None,
     scale: float,
-    softcap: float,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    sinks: Tensor | None,
     context: Tensor | None,
     tokens: Tensor | None,
     keys: Tensor | None,
-    *tensors: Tensor,
+    *tensors: Tensor | None,
 ) -> Tensor:
     """The forward alone.
 
     Args:
-        observing, non_finite: as `Notes` has them.
         scale: what scores are multiplied with before the softmax.
-        softcap: magnitude that scaled scores stay below; 0: none.
         q: (B, H, T, E).
         k, v: (B, K, S, E), each head for H / K query heads.
         mask: (B or 1, 1 or H, T, S), bool or additive; None is causal: the last query sees the last key.
-        sinks: (H,), the score of each head's sink.
         context, tokens, keys: as `Noise` has them.
+        tensors: those of the effects. Two more may follow, either of them None: the count of rows that are not finite, as
+            `Notes` has it, and (H,), the score of each head's sink.
     """
-    own = plan.split(tensors)
+    effects, non_finite, sinks = _apart(plan, tensors)
+    own = plan.split(effects)
     operands = [(plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v)]
     for code, name, value in operands:
         if code is not None:
             Notes(observing, non_finite).take(code, value, own[name], (context, tokens))
     q, k, v = (_quantised(code, value, own[name], (context, tokens)) for code, name, value in operands)
-    step = _Step(plan, scale, softcap, sinks, own, (context, tokens), keys)
+    step = _Step(plan, scale, own, (context, tokens), keys, sinks)
     return torch.cat(
         [step.forward(q, k, v, mask, begin, observing).output for begin in range(0, q.shape[2], QUERIES)], 2
     )
+
+
+def _apart(
+    plan: AttentionPlan, tensors: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+    """The effects' tensors, the count of rows that are not finite, and the sinks."""
+    count = sum(plan.counts)
+    non_finite, sinks = tensors[count:] or (None, None)
+    return tensors[:count], non_finite, sinks
 
 
 class TransformedAttention(torch.autograd.Function):
     """`transformed_attention` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: AttentionPlan,
-        observing: bool,
-        non_finite: Tensor | None,
-        scale: float,
-        softcap: float,
-        *arguments: Any,
-    ) -> Tensor:
-        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
-        # q, k, v, mask, sinks, context, tokens, keys, and the effects' own
-        *given, tensors = (*arguments[:8], arguments[8:])
-        ctx.save_for_backward(*given, *saved(tensors, plan.noted))
-        return separate(transformed_attention(plan, observing, non_finite, scale, softcap, *arguments))
+    def forward(ctx: Any, plan: AttentionPlan, observing: bool, scale: float, *arguments: Any) -> Tensor:
+        ctx.plan, ctx.scale = plan, scale
+        *given, tensors = (*arguments[:7], arguments[7:])  # q, k, v, mask, context, tokens, keys, and the rest
+        effects, _, sinks = _apart(plan, tensors)
+        ctx.num_tensors = len(tensors)
+        ctx.save_for_backward(*given, sinks, *saved(effects, plan.noted))
+        return separate(transformed_attention(plan, observing, scale, *arguments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         plan = ctx.plan
-        q, k, v, mask, sinks, context, tokens, keys, *tensors = ctx.saved_tensors
+        q, k, v, mask, context, tokens, keys, sinks, *tensors = ctx.saved_tensors
         if torch.compiler.is_compiling():
             context = context if context is None else after(context, grad)
             q, k, v = (made_again(operand, grad) for operand in (q, k, v))
@@ -155,7 +156,7 @@ class TransformedAttention(torch.autograd.Function):
             (value, lambda g: g) if code is None else code.regenerate(value, *own[name], *place)
             for code, name, value in ((plan.query, "query", q), (plan.key, "key", k), (plan.value, "value", v))
         )
-        step = _Step(plan, ctx.scale, ctx.softcap, sinks, own, place, keys)
+        step = _Step(plan, ctx.scale, own, place, keys, sinks)
         chosen = exact if plan.clean_gradients else (q, k, v)
         grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         grad_q, grad_k, grad_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
@@ -166,12 +167,13 @@ class TransformedAttention(torch.autograd.Function):
             visible = of_k.shape[2]
             grad_k[:, :, :visible] += of_k
             grad_v[:, :, :visible] += of_v
-            if grad_sinks is not None:
+            if grad_sinks is not None and of_sinks is not None:
                 grad_sinks += of_sinks
         grads = pull_q(torch.cat(grad_q, 2).to(q.dtype)), pull_k(grad_k.to(k.dtype)), pull_v(grad_v.to(v.dtype))
+        tensor_grads: list[Tensor | None] = [None] * ctx.num_tensors
         if grad_sinks is not None:
-            grad_sinks = grad_sinks.to(sinks.dtype)
-        return None, None, None, None, None, *grads, None, grad_sinks, None, None, None, *(None for _ in tensors)
+            tensor_grads[-1] = grad_sinks.to(sinks.dtype)
+        return None, None, None, *grads, None, None, None, None, *tensor_grads
 
 
 @dataclass
@@ -196,11 +198,10 @@ class _Step:
 
     plan: AttentionPlan
     scale: float
-    softcap: float
-    sinks: Tensor | None
     own: dict[str, Sequence[Tensor]]
     place: Place
     keys: Tensor | None
+    sinks: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, begin: int, observing: bool) -> _Done:
         plan, length = self.plan, q.shape[2]
@@ -214,9 +215,9 @@ class _Step:
             plan.scores, "scores", part, k.transpose(-1, -2), queries, observing, hidden, total
         )
         scaled, slope = scores.float() * self.scale, None
-        if self.softcap:
-            capped = torch.tanh(scaled / self.softcap)
-            scaled, slope = self.softcap * capped, 1 - capped.square()
+        if plan.softcap:
+            capped = torch.tanh(scaled / plan.softcap)
+            scaled, slope = plan.softcap * capped, 1 - capped.square()
         exact = _softmax(_masked(scaled, mask, hidden, queries), self.sinks)
         rounded = exact
         if plan.probabilities is not None:
@@ -226,8 +227,8 @@ class _Step:
 
     def backward(
         self, done: _Done, operands: tuple[Tensor, Tensor, Tensor], grad: Tensor, begin: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of these queries, of the keys and values that they see, and of the sinks (H,), float32."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of these queries, of the keys and values that they see, and of the sinks (H,) if any, float32."""
         q, k, v = operands
         exact = done.exact_probabilities
         visible, heads = exact.shape[-1], k.shape[1]
@@ -237,7 +238,9 @@ class _Step:
         of_v = _matmul_kv(multiplied.transpose(-1, -2), grad, heads)
         of_p = _matmul(grad, v.transpose(-1, -2)).float()
         mean = (of_p * exact).sum(-1, keepdim=True)
-        of_sinks = -((1 - exact.sum(-1, keepdim=True)) * mean).sum((0, 2, 3))  # what the softmax gives to no key
+        of_sinks = None
+        if self.sinks is not None:  # they have what the softmax gives to no key
+            of_sinks = -((1 - exact.sum(-1, keepdim=True)) * mean).sum((0, 2, 3))
         of_s = exact * (of_p - mean) * self.scale
         if done.slope is not None:
             of_s = of_s * done.slope

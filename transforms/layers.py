@@ -7,6 +7,7 @@ code depends on the class. It computes with all its effects as one operation (`t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -62,17 +63,20 @@ def run_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The products of an attention that has effects."""
+    """The products of an attention that has effects.
+
+    Args:
+        softcap: magnitude that scaled scores stay below; 0: none.
+        sinks: (H,), the score of each head's sink.
+    """
     noise, effects = attention.noise, attention.attention_effects
+    plan = replace(effects.plan, softcap=softcap) if softcap else effects.plan
+    arguments = (plan, noise.observing, scale, q, k, v, mask, *noise.place(), noise.keys)
+    run = TransformedAttention.apply if torch.is_grad_enabled() else transformed_attention
     if noise.audit is not None:
         with noise.audit.acting(effects.in_order):
-            return _run_attention(noise, effects, scale, softcap, q, k, v, mask, sinks)
-    return _run_attention(noise, effects, scale, softcap, q, k, v, mask, sinks)
-
-
-def _run_attention(noise: Any, effects: Any, *arguments: Any) -> Tensor:
-    run = TransformedAttention.apply if torch.is_grad_enabled() else transformed_attention
-    return run(effects.plan, *noise.notes, *arguments, *noise.place(), noise.keys, *effects.tensors)
+            return run(*arguments, *effects.tensors, noise.non_finite, sinks)
+    return run(*arguments, *effects.tensors, noise.non_finite, sinks)
 
 
 @cache

@@ -50,7 +50,7 @@ def match(model: nn.Module, spec: Hardware | LoraSpec, index: int = 0) -> list[t
     if not spec.modules:
         found = {name: module for name, module in linear.items() if _NUMBERED.search(name)}
         if not isinstance(spec, LoraSpec) and not all(map(_multiplies_otherwise, found.values())):
-            # What is left out counts as not reached.
+            # Layers that compute something else are not chosen, and count as not reached; if all do, that is the error below.
             found = {name: m for name, m in found.items() if _in_float8(m) or not _multiplies_otherwise(m)}
         if not isinstance(spec, LoraSpec):
             found |= {name: part for _, name, part in experts if _NUMBERED.search(name)}

@@ -66,6 +66,17 @@ def logits(model, ids=IDS, **options) -> Tensor:
     return model(input_ids=ids, **options).logits
 
 
+@torch.no_grad()
+def token_by_token(model) -> Tensor:
+    """(T, V) logits of the first text behind a KV cache."""
+    past, found = None, []
+    for i in range(IDS.shape[1]):
+        out = model(input_ids=IDS[:1, i : i + 1], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        found.append(out.logits[0, 0])
+    return torch.stack(found)
+
+
 def int4_rows(weight: Tensor) -> Tensor:
     """Seven levels on each side of 0 for every row, by hand."""
     scale = weight.abs().amax(-1, keepdim=True) / 7
@@ -114,12 +125,7 @@ def test_noise_of_experts_does_not_depend_on_the_batch_or_on_a_cache(role):
     assert torch.allclose(alone[0], together[0], atol=2e-3)
     with noisy.clean():
         assert (logits(model) - together).abs().max() > 0.05
-    past, steps = None, []
-    for i in range(IDS.shape[1]):
-        with torch.no_grad():
-            out = model(input_ids=IDS[:1, i : i + 1], past_key_values=past, use_cache=True)
-        past, _ = out.past_key_values, steps.append(out.logits[0, 0])
-    assert torch.allclose(torch.stack(steps), alone[0], atol=5e-3)
+    assert torch.allclose(token_by_token(model), alone[0], atol=5e-3)
 
 
 def test_each_expert_has_noise_of_its_own():
@@ -366,8 +372,8 @@ def test_gradients_through_soft_caps_and_sinks():
         scores = torch.cat([scores, sinks[:, None, None].expand(2, 4, 9, 1)], -1)
         return torch.softmax(scores, -1)[..., :-1] @ v
 
-    exact = AttentionPlan(None, None, None, None, None, None, (0,) * 6)
-    found = TransformedAttention.apply(exact, False, None, 0.4, 3.0, *given[:3], None, given[3], None, None, None)
+    exact = AttentionPlan(None, None, None, None, None, None, (0,) * 6, softcap=3.0)
+    found = TransformedAttention.apply(exact, False, 0.4, *given[:3], None, None, None, None, None, given[3])
     want = reference(*plain)
     weight = torch.randn(want.shape, generator=generator)
     (found * weight).sum().backward()
@@ -386,12 +392,7 @@ def test_inputs_of_latent_attention_have_noise_of_their_tokens():
     noisy.chip(1)
     alone, together = logits(model, IDS[:1]), logits(model)
     assert torch.allclose(alone[0], together[0], atol=1e-3)
-    past, steps = None, []
-    for i in range(IDS.shape[1]):
-        with torch.no_grad():
-            out = model(input_ids=IDS[:1, i : i + 1], past_key_values=past, use_cache=True)
-        past, _ = out.past_key_values, steps.append(out.logits[0, 0])
-    assert torch.allclose(torch.stack(steps), alone[0], atol=5e-3)
+    assert torch.allclose(token_by_token(model), alone[0], atol=5e-3)
 
 
 def test_unmatched_with_patterns_has_no_effect_and_is_refused():

@@ -69,9 +69,7 @@ def test_output_and_gradients_are_those_written_out(monkeypatch, mask, queries):
     expected = written_out(q, k, v, hidden)
     wanted = torch.autograd.grad((expected * weights).sum(), [q, k, v])
     place = (*noise.place(), None, *found_effects.tensors)
-    found = attention.TransformedAttention.apply(
-        found_effects.plan, False, None, 8**-0.5, 0.0, q, k, v, MASKS[mask], None, *place
-    )
+    found = attention.TransformedAttention.apply(found_effects.plan, False, 8**-0.5, q, k, v, MASKS[mask], *place)
     got = torch.autograd.grad((found * weights).sum(), [q, k, v])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for one, other in zip(got, wanted, strict=True):
@@ -87,7 +85,7 @@ def test_ranges_count_only_scores_that_are_seen(monkeypatch):
         noise, found_effects = effects()
         q, k, v = operands()
         place = (*noise.place(), None, *found_effects.tensors)
-        attention.transformed_attention(found_effects.plan, True, None, 8**-0.5, 0.0, q, k, v, mask, None, *place)
+        attention.transformed_attention(found_effects.plan, True, 8**-0.5, q, k, v, mask, *place)
         seen.append({name: float(range_.seen) for name, range_ in noise.ranges.items() if "layers.0" in name})
     assert seen[0] == seen[1] == seen[2] == seen[3]
     q, k, _ = (straight_through(value, 0.7 * 2.5, 15) for value in operands())

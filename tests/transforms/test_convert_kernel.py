@@ -162,7 +162,7 @@ def _in_attention(case: Case) -> tuple[Tensor, Tensor]:
     queries = slice(first_query, first_query + acc.shape[2])
     plan = AttentionPlan(None, None, None, None, None, code, (), first_head)
     unit = torch.eye(acc.shape[-1], dtype=acc.dtype).expand(*acc.shape[:2], -1, -1)
-    found, kept = _Step(plan, 1.0, 0.0, None, {"context": own}, given["place"], None)._product(
+    found, kept = _Step(plan, 1.0, {"context": own}, given["place"], None)._product(
         code, "context", acc, unit, queries, False
     )
     assert kept is not None
@@ -473,7 +473,7 @@ def check_layers() -> list[str]:
         found = [*code.multiply(x, weight, own[0], place, True), *code.through(x, own[1], place, True)]
         found += replace(code, tile=0).multiply(x, weight, own[4], place, True)
         for name, keys in (("scores", None), ("context", permuted), ("scores", permuted)):
-            step = _Step(plan, 1.0, 0.0, None, scores, place, keys)
+            step = _Step(plan, 1.0, scores, place, keys)
             found += step._product(plan.scores, name, q, k.transpose(-1, -2), slice(3, 8), True)
         return [*found, *(tensors[2] for tensors in own)]
 

@@ -143,9 +143,7 @@ def attention_with(which: str, photons: float, ranges: list[float]) -> tuple[Att
 
 def run(effects: AttentionEffects, noise: Noise, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
-    return transformed_attention(
-        effects.plan, False, None, 0.5, 0.0, q, k, v, mask, None, *noise.place(), None, *effects.tensors
-    )
+    return transformed_attention(effects.plan, False, 0.5, q, k, v, mask, *noise.place(), None, *effects.tensors)
 
 
 @pytest.mark.parametrize("which", ["scores", "context"])
