@@ -10,7 +10,7 @@ import torch
 from evals.chips import TransformList, Trials, text_over_chips
 from evals.models import load_model
 from evals.results import print_results
-from evals.text import choose_protocol
+from evals.text import choose_protocol, protocol_record
 from transforms.specs import BitflipSpec, CellFaults, Quantised, QuantiseSpec
 
 INT8 = QuantiseSpec(kind="quantise", weight=Quantised(format="int8"), input=Quantised(format="int8"))
@@ -48,6 +48,6 @@ def test_infinite_weights_are_counted_chip_by_chip_and_file_by_file(real_inputs,
         assert row["non_finite_chips"] == 0
         assert math.isfinite(row["perplexity"])
         assert not math.isfinite(row["perplexity_clean"]), "the model itself cannot be run"
-    result = {"model": "m", "text": found, "tasks": {}, "protocol": {"context": 128, "stride": 128}, "chips": chips}
+    result = {"model": "m", "text": found, "tasks": {}, "protocol": protocol_record(protocol), "chips": chips}
     print_results(result)
     assert f"per chip: {', '.join([str(counts[0][0])] * chips)}" in " ".join(capsys.readouterr().out.split())
