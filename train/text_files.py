@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """Byte order marks of encodings that are not read; UTF-32 first, whose mark begins with that of UTF-16."""
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair: no character, and nothing that UTF-8 can write."""
+_SAMPLE = 1 << 12
+"""Bytes of a file's beginning that are looked at for zeros."""
 
 
 class DataError(Exception):
@@ -56,7 +61,7 @@ class Intake:
         self.skipped = dict(skipped or {})
         """Documents that were left out, by reason."""
         self.replaced = replaced
-        """Bytes that are not UTF-8 and were replaced by U+FFFD."""
+        """Bytes that are not UTF-8 and were replaced; half a surrogate pair, which only JSON can hold, has three."""
 
     def skip(self, reason: str, message: str) -> None:
         """Leave out one document.
@@ -75,6 +80,10 @@ class Intake:
         if self.report is not None and (before == 0 or len(str(after)) > len(str(before))):
             self.report(describe_intake(self.skipped, self.replaced))
 
+    def _replace(self, num_bytes: int) -> None:
+        self.replaced += num_bytes
+        self._tell(self.replaced - num_bytes, self.replaced)
+
     def text(self, data: bytes, where: str) -> str | None:
         """UTF-8 as text; None where the document is left out."""
         try:
@@ -82,8 +91,7 @@ class Intake:
         except UnicodeDecodeError as error:
             bad = len(data) - len(data.decode("utf-8", "ignore").encode())
             if self.source.errors == "replace":
-                self.replaced += bad
-                self._tell(self.replaced - bad, self.replaced)
+                self._replace(bad)
                 return data.decode("utf-8", "replace")
             self.skip(
                 "not UTF-8",
@@ -104,8 +112,16 @@ class Intake:
             kind = type(record[column]).__name__
             self.skip("no text", f"{where}: field {column!r} holds {kind}, not text; {other_fields(list(record))}")
         else:
-            return record[column]
+            return self._without_halves(record[column])
         return None
+
+    def _without_halves(self, text: str) -> str:
+        """A text with U+FFFD for halves of surrogate pairs: too common in crawled JSON to end a long `prepare`."""
+        halves = 0 if text.isascii() else len(_HALF.findall(text))
+        if halves:
+            self._replace(3 * halves)
+            return _HALF.sub("\ufffd", text)
+        return text
 
 
 def describe_intake(skipped: dict[str, int], replaced: int) -> str:
@@ -170,11 +186,14 @@ def _without_mark(path: Path, data: bytes) -> bytes:
     """The beginning of a file without its byte order mark.
 
     Raises:
-        DataError: the mark is another encoding's.
+        DataError: the mark is another encoding's, or a quarter of the bytes is zero, as in UTF-16 and UTF-32.
     """
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
             raise DataError(f"{path} is {encoding}, by its byte order mark: convert it to UTF-8")
+    sample = data[:_SAMPLE]
+    if sample.count(0) * 4 >= len(sample) > 0:
+        raise DataError(f"{path} is no UTF-8, many of its bytes are zero, as in UTF-16 or UTF-32: convert it to UTF-8")
     return data.removeprefix(codecs.BOM_UTF8)
 
 

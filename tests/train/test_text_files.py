@@ -63,6 +63,19 @@ def test_another_encoding_is_named_whatever_is_replaced(name, encoding, tmp_path
         texts(path, errors="replace", skip_invalid=True)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_another_encoding_without_a_mark_is_seen_by_its_zeros(name, encoding, tmp_path):
+    """Each of its bytes is valid UTF-8: it would be read as letters with zeros between them."""
+    path = write(tmp_path / name, ('{"text": "naïve words"}\n' * 3).encode(encoding))
+    with pytest.raises(DataError, match=rf"{name} is no UTF-8, many of its bytes are zero, .*: convert it to UTF-8"):
+        texts(path, errors="replace", skip_invalid=True)
+
+
+def test_a_few_zeros_are_text(tmp_path):
+    assert texts(write(tmp_path / "a.txt", b"cut off\0here and there")) == ["cut off\0here and there"]
+
+
 def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path):
     file = write(tmp_path / "a.toml", codecs.BOM_UTF8 + b"[training]\nsteps = 7\n")
     assert load_config([str(file)]).training.steps == 7
@@ -104,6 +117,16 @@ def test_replaced_bytes_stand_in_the_manifest_and_in_what_prepare_says(configure
         manifest, said = prepared(config)
         assert (manifest.replaced, manifest.skipped) == (3, {})
         assert "3 bytes are not UTF-8 and replaced" in said
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(configure, tmp_path):
+    """A whole pair is one character, however JSON writes it."""
+    lines = ['{"text": "half \\ud83d, \\ude00 half"}', '{"text": "whole \\ud83d\\ude00"}']
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    assert texts(path) == ["half \ufffd, \ufffd half", "whole \U0001f600"]
+    manifest, said = prepared(configure("--data.validation_fraction", 0, paths=[path]))
+    assert (manifest.replaced, manifest.skipped) == (6, {})
+    assert "6 bytes are not UTF-8 and replaced" in said
 
 
 # Documents that cannot be used
