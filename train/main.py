@@ -101,7 +101,8 @@ def _fail(message: str, code: int, patience: float, said: bool = False) -> NoRet
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 if under_plain_torchrun() else rank == 0
     asked_to_stop = code in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
     if not first and asked_to_stop:
-        until = time.monotonic() + (NOTICE if under_plain_torchrun() else 0)
+        # Other launchers end the first as soon as this one has ended, maybe in the middle of its message.
+        until = time.monotonic() + (NOTICE if under_plain_torchrun() else 1.0)
         while time.monotonic() < until and not peer_has_ended():
             time.sleep(0.1)
         raise SystemExit(0 if peer_has_ended() else code)  # the first has ended with the code

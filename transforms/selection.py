@@ -219,8 +219,10 @@ def check_reach(specs: Sequence[Hardware | LoraSpec], left: Sequence[Unreached])
             continue
         names = ", ".join(f"{one.pattern} ({one.share:.1%})" for one in left[:4])
         raise TransformError(
-            f"{share:.1%} of the weights of the model's blocks belong to no linear layer, and would stay exact: {names}"
-            f'{" ..." if len(left) > 4 else ""}. Say unmatched = "keep" if that is what the hardware would do',
+            f"{share:.1%} of the weights of the model's blocks are in no layer that is chosen by default (linear layers inside "
+            f"numbered blocks, stacked experts), and would stay exact: {names}"
+            f'{" ..." if len(left) > 4 else ""}. Name the layers in modules, or say unmatched = "keep" if that is what the '
+            "hardware would do",
             index,
             "unmatched",
         )

@@ -26,6 +26,7 @@ def presets(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_commands(presets, real_inputs, tmp_path):
     out = tmp_path / "result.json"
     names = ["bitflip_all_bits", "int4_a8", "optical_8bit"]

@@ -53,6 +53,8 @@ SIGNS = CellFaults(bits=[0.05] + [0.0] * 31)
 NOISE = BitflipSpec(kind="bitflip", storage="float32", weight=SIGNS, input=SIGNS, output=SIGNS)
 
 every_family = pytest.mark.parametrize("family", CONFIGS)
+MOST_ALIKE = ("xlmr", "mistral", "opt350m", "gpt_neox")
+"""Families that differ little, in what is tested of all, from those that are always tested."""
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,9 @@ def test_projections_of_embeddings_are_transformed_where_they_are_named():
     assert (model(ids).logits - clean).abs().amax() > 0.01
 
 
-@every_family
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in MOST_ALIKE else []) for name in CONFIGS]
+)
 def test_clean_figures_are_those_of_a_plain_loop_and_noise_does_not_depend_on_the_batch(family, folder_of, files):
     model = load_model(str(folder_of(family)), "cpu")
     assert model.masked == (family in ENCODERS)

@@ -94,7 +94,7 @@ CELLS = [
     Cell("FSDP 2, compiled", 2, _parallel(shard=2) | AOT),
     Cell("FSDP 2, compiled by Inductor", 2, _parallel(shard=2) | INDUCTOR, slow=True),
     Cell("FSDP 2, compiled, budget", 2, _parallel(shard=2) | AOT | _checkpointed("budget"), slow=True),
-    Cell("TP 2, compiled", 2, _parallel(tensor=2) | AOT),
+    Cell("TP 2, compiled", 2, _parallel(tensor=2) | AOT, slow=True),
     Cell("TP 2, compiled by Inductor", 2, _parallel(tensor=2) | INDUCTOR, slow=True),
     Cell("TP 2, compiled, full checkpointing", 2, _parallel(tensor=2) | AOT | _checkpointed("full"), slow=True),
     Cell("TP 2, compiled, selective", 2, _parallel(tensor=2) | AOT | _checkpointed("selective"), slow=True),
@@ -116,7 +116,7 @@ CELLS = [
         "FSDP 2, float8 tensorwise, compiled", 2, _parallel(shard=2) | AOT, _float8("tensorwise"), **FLOAT8, slow=True
     ),
     # Four processes
-    Cell("HSDP 2 x 2", 4, _parallel(replicate=2, shard=2)),
+    Cell("HSDP 2 x 2", 4, _parallel(replicate=2, shard=2), slow=True),
     Cell("FSDP 4", 4, _parallel(shard=4), slow=True),
     Cell("TP 2 x FSDP 2", 4, _parallel(tensor=2, shard=2)),
     Cell("TP 2 x FSDP 2, compiled", 4, _parallel(tensor=2, shard=2) | AOT, slow=True),

@@ -69,7 +69,7 @@ def test_reference_covers_every_layer_step_and_row(reference):
         {"training__micro_batch_size": 2},
         {"activation_checkpointing__mode": "full"},
         {"activation_checkpointing__mode": "selective", "training__micro_batch_size": 4},
-        {"compile__enabled": "true", "training__micro_batch_size": 4},
+        pytest.param({"compile__enabled": "true", "training__micro_batch_size": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"compile__enabled": "true", "activation_checkpointing__mode": "full", "training__micro_batch_size": 4},
             marks=pytest.mark.slow,

@@ -277,7 +277,7 @@ def compiled(code: BitflipCode, value: Tensor, grad: Tensor, place: Place) -> tu
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("chunk", (12, 301)),
+        pytest.param("chunk", (12, 301), marks=pytest.mark.slow),
         pytest.param("chunk", (2, 3, 301), marks=pytest.mark.slow),
         pytest.param("chunk", (5, 640), marks=pytest.mark.slow),
         pytest.param("dense", (12, 301), marks=pytest.mark.slow),
