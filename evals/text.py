@@ -15,7 +15,6 @@ of different protocols or tokenizers cannot be compared, bits per byte of differ
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from evals.masked import (
     tokens_around,
 )
 from evals.models import MAX_DEFAULT_CONTEXT, EvalModel
+from train.text_files import DataError, without_mark
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,12 @@ def encode(model: EvalModel, file: Path) -> tuple[Tensor, int]:
         ValueError: it cannot be read, is not UTF-8 or is shorter than two tokens.
     """
     try:
-        data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        data = without_mark(file, file.read_bytes())
         text = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"--text {file}: {error.strerror}") from error
+    except DataError as error:
+        raise ValueError(f"--text {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--text {file}: not UTF-8 from byte {error.start:,} on: convert the file, figures per byte would be of another text"

@@ -182,7 +182,7 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
-def _without_mark(path: Path, data: bytes) -> bytes:
+def without_mark(path: Path, data: bytes) -> bytes:
     """The beginning of a file without its byte order mark.
 
     Raises:
@@ -202,7 +202,7 @@ def _whole(path: Path, intake: Intake) -> Iterator[str]:
         data = file.read(LONGEST_TEXT + 1)
     if len(data) > LONGEST_TEXT:
         raise DataError(f"{path} unpacks to more than {LONGEST_TEXT:,} bytes: cut it into several files")
-    text = intake.text(_without_mark(path, data), str(path))
+    text = intake.text(without_mark(path, data), str(path))
     if text is not None:
         yield text
 
@@ -213,7 +213,7 @@ def _jsonl(path: Path, intake: Intake) -> Iterator[str]:
             if len(line) == LONGEST_LINE:
                 raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes")
             where = f"{path}:{number}"
-            decoded = intake.text(_without_mark(path, line) if number == 1 else line, where)
+            decoded = intake.text(without_mark(path, line) if number == 1 else line, where)
             if decoded is None or not decoded.strip():
                 continue
             try:

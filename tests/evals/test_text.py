@@ -264,7 +264,11 @@ def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused(tmp_path):
     file.write_bytes(b"\xef\xbb\xbfna\xc3\xafve")
     ids, length = encode(model, file)
     assert (bytes(ids.tolist()), length) == (b"na\xc3\xafve", 6)
-    for data, position in ((b"na\xefve", 2), ("text".encode("utf-16"), 0)):
+    for data, message in (
+        (b"na\xefve", "text.txt: not UTF-8 from byte 2 on"),
+        ("text".encode("utf-16"), "text.txt is UTF-16, by its byte order mark: convert it to UTF-8"),
+        ("text".encode("utf-16-le"), "text.txt is no UTF-8, many of its bytes are zero"),
+    ):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"text.txt: not UTF-8 from byte {position} on"):
+        with pytest.raises(ValueError, match=message):
             encode(model, file)
