@@ -97,7 +97,7 @@ class Shards:
             yield document if is_text else self._record(document.text)
 
     def _record(self, text: str) -> Document:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(text.encode()).hexdigest()
         return Document(text, is_held_out(digest, self.fraction))
 
     def held_out_texts(self) -> Iterator[str]:

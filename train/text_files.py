@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from train.config import SourceConfig
+from train.tokenizer import without_halves
 
 # What one file or line may unpack to: more is a mistake, or a compressed file made to fill the memory.
 LONGEST_TEXT = 1 << 32
@@ -31,8 +31,6 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """Byte order marks of encodings that are not read; UTF-32 first, whose mark begins with that of UTF-16."""
-_HALF = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair: no character, and nothing that UTF-8 can write."""
 _SAMPLE = 1 << 12
 """Bytes of a file's beginning that are looked at for zeros."""
 
@@ -61,7 +59,7 @@ class Intake:
         self.skipped = dict(skipped or {})
         """Documents that were left out, by reason."""
         self.replaced = replaced
-        """Bytes that are not UTF-8 and were replaced; half a surrogate pair, which only JSON can hold, has three."""
+        """Bytes that are not UTF-8 and were replaced, three of them for half a surrogate pair, which only JSON can hold."""
 
     def skip(self, reason: str, message: str) -> None:
         """Leave out one document.
@@ -116,12 +114,11 @@ class Intake:
         return None
 
     def _without_halves(self, text: str) -> str:
-        """A text with U+FFFD for halves of surrogate pairs: too common in crawled JSON to end a long `prepare`."""
-        halves = 0 if text.isascii() else len(_HALF.findall(text))
-        if halves:
-            self._replace(3 * halves)
-            return _HALF.sub("\ufffd", text)
-        return text
+        """A text with "?" for halves of surrogate pairs: too common in crawled JSON to end a long `prepare`."""
+        valid = without_halves(text)
+        if valid is not text:
+            self._replace(3 * (valid.count("?") - text.count("?")))
+        return valid
 
 
 def describe_intake(skipped: dict[str, int], replaced: int) -> str:

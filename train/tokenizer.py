@@ -159,7 +159,7 @@ class HFTokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self.backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast([without_halves(text) for text in texts], add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -259,7 +259,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> HFTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((_valid(text) for text in texts), trainer)
+    backend.train_from_iterator((without_halves(text) for text in texts), trainer)
     _save_hf(backend, folder, bos=BOS, eos=BOS)
     return HFTokenizer(folder)
 
@@ -360,7 +360,7 @@ def _pieces(text: str) -> list[str]:
     return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
-def _valid(text: str) -> str:
+def without_halves(text: str) -> str:
     """`text` with "?" for halves of surrogate pairs, which JSON may hold and UTF-8 cannot."""
     try:
         text.encode()

@@ -54,7 +54,7 @@ NOISE = BitflipSpec(kind="bitflip", storage="float32", weight=SIGNS, input=SIGNS
 
 every_family = pytest.mark.parametrize("family", CONFIGS)
 MOST_ALIKE = ("xlmr", "mistral", "opt350m", "gpt_neox")
-"""Families that differ little, in what is tested of all, from those that are always tested."""
+"""Close relatives of other families: slow where every family is evaluated in full."""
 
 
 @pytest.fixture(scope="module")
