@@ -9,7 +9,7 @@ import warnings
 
 from train.quiet import quiet_libraries as quiet_hugging_face
 
-SETTINGS = {"LMEVAL_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {"LMEVAL_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 """Environment variables that libraries read as they are imported; those that are set already stay."""
 LIBRARIES = ("transformers", "datasets", "evaluate", "lm_eval", "torch", "torchao", "matplotlib")
 ALONE = ("torch.utils._pytree",)

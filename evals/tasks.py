@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from evals.models import EvalModel
@@ -34,19 +37,28 @@ def evaluate_tasks(
     if model.masked:
         raise ValueError(f"--tasks: {model.name} is a masked encoder, and lm-eval's tasks continue a text")
     import lm_eval
-    from lm_eval.api import task as task_module
-    from lm_eval.models import huggingface
 
     names, manager = find_tasks(tasks, include_path)
     wrapped = _behind_one_bos()(
         pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, max_length=model.context
     )
-    with _metrics_from_the_hub(trust_remote_code), library_bars(", ".join(names), huggingface, task_module):
+    # What lm-eval prints on the way would stand in the middle of the result.
+    with (
+        _metrics_from_the_hub(trust_remote_code),
+        library_bars(", ".join(names), *_with_bars()),
+        redirect_stdout(io.StringIO()),
+    ):
         results = lm_eval.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=1000)
     return {
         task: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
+
+
+def _with_bars() -> list[ModuleType]:
+    """lm-eval's modules that draw bars."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("lm_eval.")]
+    return [module for module in modules if isinstance(vars(module).get("tqdm"), type)]
 
 
 @cache

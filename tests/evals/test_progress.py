@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,13 +75,42 @@ def test_retries_of_the_hub_are_one_line(capsys):
     assert shown.stream.getvalue() == "it has gone\n"
 
 
-def test_a_command_in_a_pipe_prints_its_result_and_nothing_else(real_inputs, tmp_path):
-    (tmp_path / "text.txt").write_text("Once upon a time there was a small dog. " * 20)
-    done = run_python("-m", "launch.cli", "eval", "--model", str(real_inputs / "stories260K"), "--text",
-                      str(tmp_path / "text.txt"), "--device", "cpu")  # fmt: skip
+TASKS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+doc_to_text: "{{{{q}}}}"
+"""
+CHOICE = "output_type: multiple_choice\ndoc_to_choice: [a dog, a cat]\ndoc_to_target: 1\nmetric_list: [{metric: acc}]\n"
+PERPLEXITY = "output_type: loglikelihood\ndoc_to_target: a cat\nmetric_list: [{metric: perplexity}]\n"
+"""Its standard error is found by drawing samples, of which lm-eval tells."""
+
+
+def in_a_pipe(model: Path, *arguments: str) -> str:
+    """Standard output of an evaluation, of which it is all."""
+    done = run_python("-m", "launch.cli", "eval", "--model", str(model), "--device", "cpu", *arguments)
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
-    assert done.stdout.startswith(str(real_inputs / "stories260K"))
+    assert done.stdout.startswith(f"{model}\n")
+    return done.stdout
+
+
+def test_a_command_in_a_pipe_prints_its_result_and_nothing_else(real_inputs, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a small dog. " * 20)
+    in_a_pipe(real_inputs / "stories260K", "--text", str(tmp_path / "text.txt"))
+
+
+@pytest.mark.slow
+def test_tasks_in_a_pipe_print_their_result_and_nothing_else(real_inputs, tmp_path):
+    """lm-eval draws bars in several of its modules, and prints where it draws samples."""
+    (tmp_path / "data.jsonl").write_text('{"q": "Once upon a time there was"}\n' * 40)
+    for name, kind in (("choice", CHOICE), ("likelihood", PERPLEXITY)):
+        task = TASKS.format(name=name, file=tmp_path / "data.jsonl") + kind
+        (tmp_path / f"{name}.yaml").write_text(task)
+    found = in_a_pipe(real_inputs / "stories260K", "--tasks", "choice,likelihood", "--include-path", str(tmp_path))
+    assert "perplexity_stderr,none" in found
+    assert found.split()[1:3] == ["tasks", "(lm-eval)"]
 
 
 def test_loggers_that_are_made_quiet_stay_so_when_torch_is_imported():
